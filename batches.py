@@ -1,0 +1,126 @@
+"""Batches of a split: gathered from the memory-mapped images, then augmented and normalised on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, for pixels in [0, 1]: what pretrained weights expect
+STD = (0.229, 0.224, 0.225)
+
+
+class BatchLoader:
+    """Iterate over a split as `{"image": (n, 3, H, W) float32, "label": (n,) int64, "sensitive": {name: (n,) int64},
+    "index": (n,) int64}`, all on `device`; images are normalised with MEAN and STD.
+
+    Without `shuffle` the order is the split's. Augmentation: `flip` mirrors half of the images, `shift` moves each by
+    up to so many pixels along both axes (the edge is repeated), `brightness` scales its pixels by a factor in 1 ±
+    brightness. Everything random is drawn from `generator` when an iteration starts, on its device, one draw a sample
+    in split order: what happens to a sample in an epoch depends neither on the batch size nor on the device of the
+    batches. `drop_last` leaves a last, smaller batch out; `channels_last` chooses the memory format of the images.
+    """
+
+    def __init__(
+        self,
+        split,
+        batch_size: int,
+        *,
+        device: str | torch.device = "cpu",
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        flip: bool = False,
+        shift: int = 0,
+        brightness: float = 0.0,
+        drop_last: bool = False,
+        channels_last: bool = False,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if shift < 0 or not 0 <= brightness < 1:
+            raise ValueError(
+                f"shift must not be negative and brightness must lie in [0, 1), got {shift} and {brightness}"
+            )
+        self.is_augmented = bool(flip or shift or brightness)
+        if generator is None and (shuffle or self.is_augmented):
+            raise ValueError("shuffling and augmentation need a generator: every random choice has a seed of its own")
+        self.split = split
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.shuffle = shuffle
+        self.generator = generator
+        self.flip = flip
+        self.shift = shift
+        self.brightness = brightness
+        self.drop_last = drop_last
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._mean = 255 * torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
+        self._inverse_std = 1 / (255 * torch.tensor(STD, device=self.device).view(1, 3, 1, 1))
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.split), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[dict]:
+        count = len(self.split)
+        order = self._randperm(count) if self.shuffle else np.arange(count)
+        draws = self._draw(count) if self.is_augmented else None
+        for batch in range(len(self)):
+            positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            images_NHWC = torch.from_numpy(self.split.gather(positions)).to(self.device)
+            factor = None
+            if draws is not None:
+                at = torch.from_numpy(positions)
+                flip, down, right, factor = (draw[at].to(self.device) for draw in draws)
+                images_NHWC = move_images(images_NHWC, flip, down, right)
+            yield {
+                "image": self._normalise(images_NHWC, factor if self.brightness else None),
+                "label": torch.from_numpy(self.split.labels[positions]).to(self.device),
+                "sensitive": {
+                    name: torch.from_numpy(values[positions]).to(self.device)
+                    for name, values in self.split.sensitive.items()
+                },
+                "index": torch.from_numpy(self.split.index[positions]).to(self.device),
+            }
+
+    def _randperm(self, count: int) -> np.ndarray:
+        return torch.randperm(count, generator=self.generator, device=self.generator.device).cpu().numpy()
+
+    def _draw(self, count: int) -> tuple[torch.Tensor, ...]:
+        """Per sample: is it mirrored, how far down and right does it move, what scales its pixels."""
+        options = {"generator": self.generator, "device": self.generator.device}
+        flip = torch.rand(count, **options) < 0.5 if self.flip else torch.zeros(count, dtype=torch.bool)
+        down = torch.randint(-self.shift, self.shift + 1, (count,), **options)
+        right = torch.randint(-self.shift, self.shift + 1, (count,), **options)
+        factor = 1 + self.brightness * (2 * torch.rand(count, **options) - 1)
+        return flip.cpu(), down.cpu(), right.cpu(), factor.cpu()
+
+    def _normalise(self, images_NHWC: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+        if self.memory_format is torch.channels_last:
+            # Whole rows of interleaved channels at once: an innermost axis of 3 would not be vectorised.
+            n, height, width, channels = images_NHWC.shape
+            images = images_NHWC.reshape(n, height, width * channels).float()
+            mean, inverse_std = self._mean.view(-1).repeat(width), self._inverse_std.view(-1).repeat(width)
+        else:
+            # Bytes are transposed before they become floats: four times less to move.
+            images = images_NHWC.permute(0, 3, 1, 2).contiguous().float()
+            mean, inverse_std = self._mean, self._inverse_std
+        if factor is not None:
+            images.mul_(factor.view(-1, *[1] * (images.ndim - 1))).clamp_(max=255)
+        images.sub_(mean).mul_(inverse_std)
+        return images if images.ndim == 4 else images.view(images_NHWC.shape).permute(0, 3, 1, 2)
+
+
+def move_images(images_NHWC: torch.Tensor, flip: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Mirror the images where `flip`, then move each `down` and `right` by whole pixels, repeating the edge."""
+    n, height, width, channels = images_NHWC.shape
+    rows = torch.arange(height, device=images_NHWC.device) - down[:, None]
+    rows = rows.clamp_(0, height - 1) + height * torch.arange(n, device=images_NHWC.device)[:, None]
+    columns = (torch.arange(width, device=images_NHWC.device) - right[:, None]).clamp_(0, width - 1)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    # Rows are copied whole; only then are pixels gathered, along the innermost axis.
+    moved = images_NHWC.reshape(n * height, width * channels).index_select(0, rows.reshape(-1))
+    moved_NCHW = moved.view(n, height, width, channels).permute(0, 3, 1, 2).contiguous()
+    columns = columns[:, None, None, :].expand(n, channels, height, width)
+    return moved_NCHW.gather(3, columns).permute(0, 2, 3, 1)

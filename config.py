@@ -1,0 +1,574 @@
+"""The study's configuration: typed, nested and closed.
+
+Every key, its default and its range is declared here and nowhere else; `configs/config.yaml` lists them all with a
+comment. `load_config` merges a YAML file and `--set` overrides over the defaults and refuses what it does not know,
+with one line that names the file, the path of the key and the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+DATASETS = ("celeba", "utkface", "fairface", "synthetic")
+MODELS = ("resnet50", "mobilenet_v2", "squeezenet1_1", "efficientnet_b0", "vit_small_patch16_224")
+
+Observer = Literal["minmax", "percentile", "mse", "entropy"]
+Bits = Annotated[int, Field(ge=2, le=8)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+WIDTH = re.compile(r"W([2-8])A([2-8])")
+
+# shorthand -> (method, strategy, weight bits, activation bits); None bits: swept over quantization.bit_widths
+SHORTHANDS: dict[str, tuple[str, str | None, int | None, int | None]] = {
+    "PTQ_INT8": ("ptq_static", None, 8, 8),
+    "PTQ_INT4": ("ptq_static", None, 4, 4),
+    "PTQ_INT2": ("ptq_static", None, 2, 2),
+    "PTQ_W4A8": ("ptq_static", None, 4, 8),
+    "dynamic": ("ptq_dynamic", None, None, None),
+    "bias_aware": ("ptq_static", "bias_aware_calibration", None, None),
+}
+QUANTIZATION_METHODS = ("ptq_static", "ptq_dynamic")
+STRATEGIES = ("bias_aware_calibration",)
+
+
+class ConfigError(ValueError):
+    """Bad configuration; the message is one line for the person at the keyboard."""
+
+
+class Section(pydantic.BaseModel):
+    """A closed, immutable group of keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class DatasetSection(Section):
+    """What all data sets share."""
+
+    root: str | None = None  # folder of the data set; None: data/datasets/<name>
+    target: str
+    sensitive: list[str] = Field(min_length=1)
+    image_size: Annotated[int, Field(ge=32, le=512)] = 64  # pixels a side, after decoding
+    max_train: PositiveInt | None = None  # at most so many training images (a seeded stratified subset); None: all
+    max_test: PositiveInt | None = None  # likewise for the test split
+    validation_share: Annotated[float, Field(gt=0.0, lt=0.5)] = (
+        0.1  # of train, where the set has no official validation
+    )
+
+
+class CelebA(DatasetSection):
+    target: str = "Smiling"
+    sensitive: list[str] = ["Male", "Young"]
+
+
+class UTKFace(DatasetSection):
+    target: Literal["gender", "race", "age_group"] = "gender"
+    sensitive: list[Literal["gender", "race", "age_group"]] = Field(default=["race", "age_group"], min_length=1)
+    test_share: Annotated[float, Field(gt=0.0, lt=0.9)] = 0.2  # the set has no official split
+
+
+class FairFace(DatasetSection):
+    target: Literal["gender", "race", "age", "age_group"] = "gender"
+    sensitive: list[Literal["gender", "race", "age", "age_group"]] = Field(default=["race", "age_group"], min_length=1)
+
+
+class Synthetic(DatasetSection):
+    target: Literal["smile", "gender", "age", "skin"] = "smile"
+    sensitive: list[Literal["smile", "gender", "age", "skin"]] = Field(default=["gender", "skin"], min_length=1)
+    image_size: Annotated[int, Field(ge=32, le=512)] = 32
+    train_images: PositiveInt = 6000
+    validation_images: PositiveInt = 1000
+    test_images: PositiveInt = 2000
+    seed: NonNegativeInt = 0
+    minority_share: Annotated[float, Field(gt=0.0, le=0.5)] = 0.3  # share of dark-skin faces; 0.5 is neutral
+    label_correlation: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.2  # of smile with gender; 0 is neutral
+    group_noise: Share = 0.08  # SD of the extra sensor noise of dark-skin women (intensities: 0 to 1); 0 is neutral
+    group_contrast: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.35  # share of contrast that they lose; 0 is neutral
+
+
+class Data(Section):
+    dataset: list[Literal["celeba", "utkface", "fairface", "synthetic"]] = Field(default=["synthetic"], min_length=1)
+    cache: str = "data/cache"  # decoded images, uint8, memory-mapped
+    workers: PositiveInt = 2  # threads that decode
+    min_group_size: PositiveInt = 20  # smaller groups are reported, flagged and left out of the gaps
+    celeba: CelebA = CelebA()
+    utkface: UTKFace = UTKFace()
+    fairface: FairFace = FairFace()
+    synthetic: Synthetic = Synthetic()
+
+    @pydantic.field_validator("dataset", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return [value] if isinstance(value, str) else value
+
+    @pydantic.field_validator("dataset")
+    @classmethod
+    def _no_twins(cls, value):
+        return _distinct(value)
+
+
+# -------------------------------------------------------------------------------------------------- models and training
+
+
+class Models(Section):
+    architectures: list[str] = Field(default=list(MODELS), min_length=1)
+    pretrained: bool = False  # ImageNet weights (torchvision, timm); needs the network once
+    weights: dict[str, str] = {}  # architecture -> a checkpoint of yours (.safetensors, .pt); overrides pretrained
+    options: dict[str, dict[str, pydantic.JsonValue]] = {}  # architecture -> arguments for its constructor (patch_size)
+
+    @pydantic.field_validator("architectures", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return [value] if isinstance(value, str) else value
+
+    @pydantic.field_validator("architectures")
+    @classmethod
+    def _no_twins(cls, value):
+        return _distinct(value)
+
+
+class TrainingOverrides(Section):
+    """Keys of `training` that one architecture has otherwise."""
+
+    epochs: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    warmup_epochs: NonNegativeFloat | None = None
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    patience: PositiveInt | None = None
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    gradient_clip: PositiveFloat | None = None
+    max_train: PositiveInt | None = None
+
+
+class Training(Section):
+    epochs: PositiveInt = 6
+    batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 2e-3  # AdamW's peak, after warm-up; then cosine to zero
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_epochs: NonNegativeFloat = 1.0
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    patience: PositiveInt | None = None  # stop after so many epochs without a better validation accuracy; None: never
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, and on a CPU that has it where it pays
+    gradient_clip: PositiveFloat | None = 1.0  # largest gradient norm
+    max_train: PositiveInt | None = None  # train on at most so many images
+    flip: bool = True  # augmentation: mirror half of the images
+    shift: NonNegativeInt = 0  # augmentation: shift by up to so many pixels
+    brightness: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # augmentation: scale the pixels by 1 ± so much
+    per_model: dict[str, TrainingOverrides] = {
+        "resnet50": TrainingOverrides(epochs=4),
+        "squeezenet1_1": TrainingOverrides(epochs=10, learning_rate=5e-4),
+        "vit_small_patch16_224": TrainingOverrides(epochs=5, learning_rate=5e-4, max_train=4000),
+    }
+
+    def for_model(self, architecture: str) -> Training:
+        """The settings of one architecture: its entry in `per_model` over the common ones."""
+        overrides = self.per_model.get(architecture)
+        update = {} if overrides is None else overrides.model_dump(exclude_none=True)
+        return self.model_copy(update={**update, "per_model": {}})
+
+
+# -------------------------------------------------------------------------------------------------------- quantization
+
+
+class PTQStatic(Section):
+    """Post-training static quantization; a list is swept, each value a cell."""
+
+    observer: list[Observer] = Field(default=["mse"], min_length=1)  # how ranges are chosen (activations)
+    weight_observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"  # how weight scales are chosen
+    percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99  # for observer percentile
+    calibration_samples: PositiveInt = 256
+    calibration_split: Literal["train", "validation"] = "train"
+    first_last_bits: Bits | None = None  # width of the first and last layer; None: as the others
+
+    @pydantic.field_validator("observer", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return [value] if isinstance(value, str) else value
+
+
+class PTQDynamic(Section):
+    """Post-training dynamic quantization: activation ranges per image at run time, no calibration data."""
+
+    weight_observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
+    percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
+    first_last_bits: Bits | None = None
+
+
+class MethodEntry(Section):
+    """A method with settings of its own: `{method: ptq_static, bit_widths: [8, 4], observer: [minmax, entropy]}`."""
+
+    method: str
+    bit_widths: list[int | str] | None = None
+    observer: list[Observer] | None = None
+    weight_observer: Observer | None = None
+    percentile: Annotated[float, Field(gt=50.0, le=100.0)] | None = None
+    calibration_samples: PositiveInt | None = None
+    calibration_split: Literal["train", "validation"] | None = None
+    first_last_bits: Bits | None = None
+
+    @pydantic.field_validator("observer", "bit_widths", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return value if value is None or isinstance(value, list) else [value]
+
+    @pydantic.field_validator("method")
+    @classmethod
+    def _known(cls, value):
+        return _method_name(value)
+
+    @pydantic.field_validator("bit_widths")
+    @classmethod
+    def _widths(cls, value):
+        return None if value is None else _widths(value)
+
+    @pydantic.model_validator(mode="after")
+    def _keys_of_its_method(self):
+        method, _, weight_bits, _ = SHORTHANDS.get(self.method, (self.method, None, None, None))
+        section = {"ptq_static": PTQStatic, "ptq_dynamic": PTQDynamic}[method]
+        for key, value in self.options().items():
+            if key not in section.model_fields:
+                raise ValueError(
+                    f"{key} = {value!r} does not apply to {self.method}; it has {', '.join(section.model_fields)}"
+                )
+        if weight_bits is not None and self.bit_widths is not None:
+            raise ValueError(f"bit_widths does not apply to {self.method}, whose width is fixed")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """The settings that this entry has otherwise than its method's section."""
+        return self.model_dump(exclude={"method", "bit_widths"}, exclude_none=True)
+
+
+def _method_item(value):
+    """An item of `quantization.methods`: validated here, so that its errors have its own path and not a union's."""
+    if isinstance(value, str):
+        return _method_name(value)
+    return MethodEntry.model_validate(value) if isinstance(value, dict) else value
+
+
+class Quantization(Section):
+    methods: list[Annotated[str | MethodEntry, pydantic.BeforeValidator(_method_item)]] = Field(
+        default_factory=lambda: _default_methods()
+    )
+    bit_widths: list[int | str] = Field(default=[8, 4, 2, "W4A8"], min_length=1)  # 4: W4A4
+    ptq_static: PTQStatic = PTQStatic()
+    ptq_dynamic: PTQDynamic = PTQDynamic()
+
+    @pydantic.field_validator("methods", mode="before")
+    @classmethod
+    def _one_or_many_methods(cls, value):
+        return value if isinstance(value, list) else [value]
+
+    @pydantic.field_validator("bit_widths", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return value if isinstance(value, list) else [value]
+
+    @pydantic.field_validator("bit_widths")
+    @classmethod
+    def _widths(cls, value):
+        return _widths(value)
+
+
+class BiasAwareCalibration(Section):
+    """Calibration on a set in which every group of the sensitive attributes counts the same."""
+
+    method: Literal["ptq_static"] = "ptq_static"
+    bit_widths: list[int | str] | None = None  # None: quantization.bit_widths
+    observer: Observer = "mse"
+    balance: Literal["intersection", "attribute"] = "intersection"  # groups: of all the attributes, or of the first
+    calibration_samples: PositiveInt | None = None  # None: as quantization.ptq_static
+
+    @pydantic.field_validator("bit_widths", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return value if value is None or isinstance(value, list) else [value]
+
+    @pydantic.field_validator("bit_widths")
+    @classmethod
+    def _widths(cls, value):
+        return None if value is None else _widths(value)
+
+
+class Mitigation(Section):
+    strategies: list[str] = ["bias_aware_calibration"]
+    bias_aware_calibration: BiasAwareCalibration = BiasAwareCalibration()
+
+    @pydantic.field_validator("strategies", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return [value] if isinstance(value, str) else value
+
+    @pydantic.field_validator("strategies")
+    @classmethod
+    def _known(cls, value):
+        for name in value:
+            if name not in STRATEGIES:
+                raise ValueError(f"unknown strategy {name!r}{suggest(name, STRATEGIES)}")
+        return _distinct(value)
+
+
+# -------------------------------------------------------------------------------------------- analysis, deployment, run
+
+
+class Analysis(Section):
+    bootstrap_replicates: Annotated[int, Field(ge=100)] = 1000
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    attribute: str | None = None  # the sensitive attribute of the group metrics; None: the data set's first
+
+
+class Deployment(Section):
+    keep_models: bool = False  # keep each packed quantized model in models/, not only its size
+    latency: bool = True  # measure latency_ms_b1 and latency_ms_b32
+    latency_repeats: PositiveInt = 10  # timed forward passes (after warm-up) whose median is the latency
+
+
+class Run(Section):
+    seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
+    executor: Literal["serial"] = "serial"
+    jobs: PositiveInt = 1
+    threads_per_cell: PositiveInt = 2  # part of the result: sums in another order train another model
+    evaluation_batch_size: PositiveInt = 128
+
+    @pydantic.field_validator("seeds", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return value if isinstance(value, list) else [value]
+
+    @pydantic.field_validator("seeds")
+    @classmethod
+    def _no_twins(cls, value):
+        return _distinct(value)
+
+
+class Config(Section):
+    data: Data = Data()
+    models: Models = Models()
+    training: Training = Training()
+    quantization: Quantization = Field(default_factory=Quantization)
+    mitigation: Mitigation = Mitigation()
+    analysis: Analysis = Analysis()
+    deployment: Deployment = Deployment()
+    run: Run = Run()
+    results_dir: str = "results"
+
+    @pydantic.model_validator(mode="after")
+    def _attributes(self):
+        for name in self.data.dataset:
+            section = getattr(self.data, name)
+            if section.target in section.sensitive:
+                raise ValueError(
+                    f"data.{name}.sensitive: the target {section.target!r} cannot be a sensitive attribute too"
+                )
+            try:
+                _distinct(section.sensitive)
+            except ValueError as error:
+                raise ValueError(f"data.{name}.sensitive: {error}") from None
+            if self.analysis.attribute is not None and self.analysis.attribute not in section.sensitive:
+                raise ValueError(
+                    f"analysis.attribute: {self.analysis.attribute!r} is not a sensitive attribute of {name}"
+                    f"{suggest(self.analysis.attribute, section.sensitive)}"
+                )
+        return self
+
+    def dataset(self, name: str) -> DatasetSection:
+        return getattr(self.data, name)
+
+    def group_attribute(self, dataset: str) -> str:
+        """The sensitive attribute whose groups the row's metrics are over."""
+        return self.analysis.attribute or self.dataset(dataset).sensitive[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Defaults, then the YAML file, then `KEY=VALUE` overrides (values are YAML). Raises ConfigError, one line."""
+    values: dict[str, Any] = {}
+    source = "defaults"
+    if path is not None:
+        source = str(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"{source}: no such config file") from None
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8
+            raise ConfigError(f"{source}: cannot be read: {error}") from None
+        values = _parse_yaml(text, f"{source}: not valid YAML")
+        values = {} if values is None else values  # an empty file
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: expected a mapping of sections, got {type(values).__name__}")
+        _validate(values, source)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {override}: expected KEY=VALUE, such as training.epochs=2")
+        value = _parse_yaml(text, f"--set {override}: the value is not valid YAML")
+        _assign(values, key.strip().split("."), value, f"--set {override}")
+        _validate(values, f"--set {override}")
+    return _validate(values, source)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; loading it gives the same configuration."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def suggest(name: str, choices) -> str:
+    """' (did you mean X?)' where one choice is near, else '; choose from …'."""
+    choices = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else f"; choose from {', '.join(choices)}"
+
+
+def parse_width(width: int | str) -> tuple[int, int]:
+    """8 -> (8, 8); 'W4A8' -> (4, 8): bits of weights and activations."""
+    if isinstance(width, bool) or not isinstance(width, (int, str)):
+        raise ValueError(f"bit width {width!r}: expected 2 to 8 or a string such as W4A8")
+    if isinstance(width, int):
+        if not 2 <= width <= 8:
+            raise ValueError(f"bit width {width}: expected 2 to 8 or a string such as W4A8")
+        return width, width
+    match = WIDTH.fullmatch(width)
+    if match is None:
+        raise ValueError(f"bit width {width!r}: expected 2 to 8 or a string such as W4A8")
+    return int(match[1]), int(match[2])
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number and refuses a key written twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor
+                continue
+            key = self.construct_object(key_node, deep=deep)
+            if isinstance(key, (str, int, float)) and key in seen:
+                raise yaml.YAMLError(f"key {key!r} is there twice, line {key_node.start_mark.line + 1}")
+            seen.add(key if isinstance(key, (str, int, float)) else str(key))
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the strings that _Loader would read as numbers."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+    )
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-13-45, which is no date
+        raise ConfigError(f"{what}: {' '.join(str(error).split())}") from None
+
+
+def _validate(values: dict, source: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{source}: {_first_error(error, values)}") from None
+
+
+def _first_error(error: pydantic.ValidationError, values: dict) -> str:
+    errors = error.errors()
+    # inside a union (a method's name or entry) pydantic reports each branch: the unknown key is the telling one
+    detail = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
+    location = [part for part in detail["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    given = detail.get("input")
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown key{suggest(str(location[-1]), _keys_at(location[:-1]))}"
+    if detail["type"] == "literal_error":
+        choices = _literal_choices(detail)
+        return f"{path}: unknown value {given!r}{suggest(given, choices)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message[0].lower() + message[1:]}, got {_short(given)}"
+
+
+_UNION_TAGS = {"str", "int", "MethodEntry"}
+
+
+def _literal_choices(detail: dict) -> list[str]:
+    return re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+
+
+def _keys_at(location: list) -> list[str]:
+    """The valid keys of the section at a path such as ['data', 'fairface'] or ['quantization', 'methods', 2]."""
+    model: Any = Config
+    for part in location:
+        if isinstance(part, int) or not (isinstance(model, type) and issubclass(model, Section)):
+            continue
+        field = model.model_fields.get(part)
+        if field is not None:  # else: a key of a mapping such as training.per_model
+            model = _section_in(field.annotation)
+    if isinstance(model, type) and issubclass(model, Section):
+        return list(model.model_fields)
+    return []
+
+
+def _section_in(annotation) -> type | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for argument in get_args(annotation):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _default_methods() -> list[str | MethodEntry]:
+    observers = MethodEntry(method="ptq_static", bit_widths=[8, 4], observer=["minmax", "percentile", "entropy"])
+    return ["ptq_static", "ptq_dynamic", observers]
+
+
+def _assign(values: dict, path: list[str], value: Any, source: str) -> None:
+    node = values
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{source}: {part} is a value, not a section")
+    node[path[-1]] = value
+
+
+def _distinct(values: list) -> list:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} is there twice")
+    return values
+
+
+def _method_name(value: str) -> str:
+    choices = (*QUANTIZATION_METHODS, *(name for name, (_, strategy, _, _) in SHORTHANDS.items() if strategy is None))
+    if value not in choices:
+        raise ValueError(f"unknown method {value!r}{suggest(value, choices)}")
+    return value
+
+
+def _widths(values: list) -> list:
+    for value in values:
+        parse_width(value)
+    return _distinct(values)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

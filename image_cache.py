@@ -1,0 +1,265 @@
+"""Images as one memory-mapped uint8 file: decoded or drawn once, read by every epoch and every later run.
+
+A cache is a folder `<label>-<hash>/` whose hash covers everything that determines its content. It is written beside
+its place and renamed when complete, so that whatever stops the program leaves no cache that would be believed; a lock
+makes a second writer of the same cache wait and then read. The file is written through ordinary writes, in chunks:
+memory stays flat, and a full disk is an error (through a memory map it would be a bus error). Deleting the folder is
+always safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import Image, UnidentifiedImageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two writers then both do the work, and the first to finish wins
+    fcntl = None
+
+DECODER = f"draft-centre-bilinear-1, pillow {PIL.__version__}"  # change it when decode_image changes
+CHUNK_BYTES = 8 << 20  # decoded images held at a time
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one line: what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Consecutive rows of a cache that is being written."""
+
+    images: np.ndarray  # (n, H, W, 3) uint8
+    broken: dict[int, str] = field(default_factory=dict)  # row within the block -> why it has no image
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (n,) int64
+
+
+@dataclass(frozen=True, eq=False)
+class CachedImages:
+    """A complete cache, open for reading."""
+
+    images: np.ndarray  # (N, H, W, 3) uint8, memory-mapped
+    broken: dict[int, str]  # row -> why it has no image (its pixels are black)
+    columns: dict[str, np.ndarray]  # name -> (N,) int64, what the blocks carried
+
+
+def decoded_images(
+    cache: str | Path,
+    label: str,
+    root: Path,
+    files: list[str],
+    sizes: np.ndarray,
+    image_size: int,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> CachedImages:
+    """The images of `files` (paths below `root`, with their sizes in bytes), decoded by `workers` threads.
+
+    The hash covers names, sizes, image size and decoder, not `root`: data that moved are not decoded again. Files that
+    are not whole images are in `.broken`; DataError where that is more than half of them.
+    """
+    key = {"files": files_digest(files, sizes), "decoder": DECODER}
+
+    def blocks() -> Iterator[Block]:
+        chunk = max(4 * workers, CHUNK_BYTES // (3 * image_size**2))
+        broken, example = 0, ""
+        with ThreadPoolExecutor(workers) as pool:
+            for start in range(0, len(files), chunk):
+                part = files[start : start + chunk]
+                block = Block(np.zeros((len(part), image_size, image_size, 3), np.uint8))
+                decoded = pool.map(lambda file: _decode_or_reason(root / file, image_size), part)
+                for row, image in enumerate(decoded):
+                    if isinstance(image, str):
+                        block.broken[row] = image
+                        example = example or f"{part[row]}: {image}"
+                    else:
+                        block.images[row] = image
+                broken += len(block.broken)
+                yield block
+        if 2 * broken > len(files):
+            raise DataError(
+                f"{root}: {broken} of {len(files)} images of {label} cannot be decoded ({example}); "
+                "get the data again, the download is damaged"
+            )
+
+    return cached_images(cache, label, key, len(files), image_size, blocks, progress=progress)
+
+
+def cached_images(
+    cache: str | Path,
+    label: str,
+    key: dict,
+    count: int,
+    image_size: int,
+    blocks: Callable[[], Iterable[Block]],
+    *,
+    progress: Progress | None = None,
+) -> CachedImages:
+    """The cache of (label, key); where there is none, what `blocks()` yields is written first.
+
+    `key` is JSON data that determines the content. Raises DataError where the folder cannot be written or the disk is
+    full.
+    """
+    cache = Path(cache)
+    digest = hashlib.sha256(json.dumps([label, count, image_size, key], sort_keys=True).encode()).hexdigest()
+    folder = cache / f"{label}-{digest[:16]}"
+    shape = (count, image_size, image_size, 3)
+    found = _open(folder, shape)
+    if found is not None:
+        return found
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(cache)
+        with _lock(folder, wait=True):
+            found = _open(folder, shape)  # another process may have written it meanwhile
+            if found is None:
+                _write(folder, shape, blocks(), label, progress)
+    except OSError as error:
+        size = np.prod(shape) / 1e9
+        raise DataError(
+            f"{cache}: the image cache cannot be written: {error.strerror or error} (it needs {size:.2f} GB); "
+            "make room, or set data.cache to another folder"
+        ) from error
+    found = found or _open(folder, shape)
+    if found is None:
+        raise DataError(f"{folder}: the image cache cannot be read back; delete this folder and run again")
+    return found
+
+
+def decode_image(path: Path, image_size: int) -> np.ndarray:
+    """(image_size, image_size, 3) uint8 RGB: the centre square, scaled down by the JPEG decoder as far as it goes (by
+    powers of two), then bilinear with antialiasing."""
+    with Image.open(path) as image:
+        image.draft("RGB", (image_size, image_size))
+        image.load()
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        width, height = image.size
+        side = min(width, height)
+        if (width, height) != (image_size, image_size):
+            left, top = (width - side) / 2, (height - side) / 2
+            box = (left, top, left + side, top + side)
+            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+        return np.asarray(image)
+
+
+def files_digest(files: list[str], sizes: np.ndarray) -> str:
+    """Digest of names and sizes in bytes."""
+    lines = "\n".join(f"{file}\t{size}" for file, size in zip(files, sizes.tolist(), strict=True))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _decode_or_reason(path: Path, image_size: int) -> np.ndarray | str:
+    """The image, or why the file is not one. A file that cannot be read at all is an error: its content is unknown."""
+    try:
+        return decode_image(path, image_size)
+    except UnidentifiedImageError:
+        return "zero bytes" if path.stat().st_size == 0 else "not an image"
+    except OSError as error:
+        if error.errno is not None:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        return str(error) or "damaged"  # Pillow's own: truncated or corrupt data
+    except (ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
+        return f"damaged: {' '.join(str(error).split())}"
+
+
+def _open(folder: Path, shape: tuple[int, ...]) -> CachedImages | None:
+    """The cache, or None where there is none or it is damaged."""
+    try:
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        contents = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
+        with np.load(folder / "columns.npz") as columns:
+            columns = dict(columns)
+        broken = {int(row): why for row, why in contents["broken"].items()}
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError):
+        return None
+    if images.shape != shape or images.dtype != np.uint8:
+        return None
+    return CachedImages(images, broken, columns)
+
+
+def _write(
+    folder: Path, shape: tuple[int, ...], blocks: Iterable[Block], label: str, progress: Progress | None
+) -> None:
+    """Write the cache beside its place, then rename it. The caller holds the lock."""
+    count = shape[0]
+    needed = int(np.prod(shape)) + (1 << 20)
+    if shutil.disk_usage(folder.parent).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        broken: dict[int, str] = {}
+        columns: dict[str, list[np.ndarray]] = {}
+        done = 0
+        with (part / "images.npy").open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block.images).data)
+                broken.update({done + row: why for row, why in block.broken.items()})
+                for name, values in block.columns.items():
+                    columns.setdefault(name, []).append(values)
+                done += len(block.images)
+                if progress is not None:
+                    progress(f"{label}: images", done, count)
+            assert done == count, (done, count)
+            _sync(file)
+        with (part / "columns.npz").open("wb") as file:
+            np.savez(file, **{name: np.concatenate(values) for name, values in columns.items()})
+            _sync(file)
+        with (part / "contents.json").open("w", encoding="utf-8") as file:
+            json.dump({"images": count, "broken": {str(row): broken[row] for row in sorted(broken)}}, file, indent=1)
+            _sync(file)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or it would have been opened
+        part.replace(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds the writer's lock of one cache (the kernel drops it when a process dies); yields whether it was got."""
+    if fcntl is None:
+        yield True
+        return
+    with folder.with_name(f".{folder.name}.lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Delete what killed writers left; a part whose lock is held belongs to a living one."""
+    for part in cache.glob("*.part"):
+        with _lock(part.with_name(part.name.rsplit(".", 2)[0]), wait=False) as is_ours:
+            if is_ours and fcntl is not None:
+                shutil.rmtree(part, ignore_errors=True)

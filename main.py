@@ -1,0 +1,131 @@
+"""Command line of the study: python main.py --phase {baseline,quantization,mitigation,analysis,all}.
+
+Exit status: 0 all done, 1 some cells failed, 2 bad config, data or arguments, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from config import Config, ConfigError, dump_config, load_config
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config.yaml"
+PHASES = ("baseline", "quantization", "mitigation", "analysis")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        config = load_config(options.config, options.set)
+        if options.results_dir is not None:
+            config = config.model_copy(update={"results_dir": options.results_dir})
+    except ConfigError as error:
+        return _refuse(error)
+
+    # after the arguments are known to be good: these import torch, which takes seconds
+    from datasets import DataError
+    from models import CheckpointError, check_architecture
+    from store import Store, StoreError
+
+    try:
+        for name in config.models.architectures:
+            check_architecture(name)
+        device = _device(options.device)
+        store = Store(config.results_dir)
+        if options.dry_run:
+            return _dry_run(config, store, _phases(options.phase))
+        return _run(config, store, _phases(options.phase), device, options)
+    except (ConfigError, DataError, StoreError, CheckpointError) as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished cells are kept: run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description="Measure what quantizing a vision model does to each demographic group, and what repairs it.",
+    )
+    parser.add_argument("--phase", required=True, choices=(*PHASES, "all"))
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: configs/config.yaml")
+    parser.add_argument("--results-dir", metavar="DIR", help="overrides results_dir")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override any key: training.epochs=2"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--fresh", action="store_true", help="compute the cells of these phases again")
+    parser.add_argument("--dry-run", action="store_true", help="print the cells, done or to do, and stop")
+    parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
+    return parser
+
+
+def _run(config: Config, store, phases: Sequence[str], device: str, options: argparse.Namespace) -> int:
+    import importlib
+
+    from phases.plan import plan
+    from runner import Report
+
+    planned = plan(config)
+    everything = [cell.id for cells in planned.values() for cell in cells]
+    store.prepare(dump_config(config))
+    if options.fresh:
+        store.clear([cell.id for phase in phases for cell in planned.get(phase, [])])
+    report = Report(options.quiet)
+    for phase in phases:
+        module = importlib.import_module(f"phases.{phase}")
+        if phase == "analysis":
+            module.run(config, store, report.step)
+        else:
+            module.run(config, store, report, device)
+            store.write_group_table(everything)
+    failed = [
+        (cell.id, record["row"]["error"])
+        for phase in phases
+        for cell in planned.get(phase, [])
+        if (record := store.record(cell.id)) is not None and record["row"]["status"] == "failed"
+    ]
+    for cell, error in failed:
+        report.line(f"failed: {cell}: {error}")
+    report.line(f"results are in {config.results_dir}" + (f"; {len(failed)} cells failed" if failed else ""))
+    return 1 if failed else 0
+
+
+def _dry_run(config: Config, store, phases: Sequence[str]) -> int:
+    from phases.plan import plan
+
+    for phase, cells in plan(config).items():
+        if phase not in phases:
+            continue
+        done = sum(store.is_done(cell.id) for cell in cells)
+        print(f"{phase}: {len(cells)} cells, {done} done, {len(cells) - done} to do")
+        for cell in cells:
+            record = store.record(cell.id)
+            print(f"  {'to do' if record is None else record['row']['status']:<7} {cell.id}")
+    return 0
+
+
+def _phases(phase: str) -> Sequence[str]:
+    return PHASES if phase == "all" else (phase,)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    return name
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Phase 1: train each model on each data set for each seed; checkpoint; predictions of the test split."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from config import Config
+from datasets import BatchLoader, FaceDataset, load_dataset
+from evaluation import latency_ms, predict, write_model
+from models import build_model, checkpoint_matches, save_checkpoint
+from phases.measure import measure, refresh_metrics
+from phases.plan import Cell, plan
+from runner import CellResult, Report, run_cells
+from store import Store, atomic_path, seed_for, write_text
+from training import train
+
+
+def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd.DataFrame:
+    """Train what is not trained yet; returns the rows of the phase."""
+    cells = plan(config)["baseline"]
+    # a checkpoint has no hash in its name: one that a later config overwrote is trained again
+    store.clear([cell.id for cell in cells if not checkpoint_matches(_checkpoint(store, cell), cell.id)])
+    refresh_metrics(cells, config, store)
+    context = functools.partial(compute, config=config, store=store, device=device, data=DatasetCache(config))
+    run_cells("baseline", cells, context, config, store, report)
+    _write_training_log(store, [cell.id for cell in cells])
+    return store.read_table("baseline")
+
+
+def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: str, data: DatasetCache) -> CellResult:
+    """One baseline: initialise, train, save the best epoch, predict the test split."""
+    dataset = data.load(cell.dataset, report)
+    settings = config.training.for_model(cell.model)
+    names = (cell.seed, cell.dataset, cell.model)
+    model = build_model(
+        cell.model,
+        len(dataset.class_names),
+        dataset.image_size,
+        pretrained=config.models.pretrained,
+        weights=config.models.weights.get(cell.model),
+        options=config.models.options.get(cell.model),
+        seed=seed_for(*names, "initialisation"),
+    ).to(device=device, memory_format=torch.channels_last)
+    train_split = dataset.splits["train"]
+    if settings.max_train is not None and settings.max_train < len(train_split):
+        chosen = np.random.default_rng(seed_for(cell.dataset, "max_train")).permutation(len(train_split))
+        train_split = train_split.subset(np.sort(chosen[: settings.max_train]))
+    train_loader = BatchLoader(
+        train_split,
+        settings.batch_size,
+        device=device,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed_for(*names, "batches")),
+        flip=settings.flip,
+        shift=settings.shift,
+        brightness=settings.brightness,
+        drop_last=len(train_split) >= settings.batch_size,
+        channels_last=True,
+    )
+    validation_loader = BatchLoader(dataset.splits["validation"], config.run.evaluation_batch_size, device=device)
+
+    def tell(epoch: dict) -> None:
+        report.detail(
+            f"epoch {epoch['epoch']}/{settings.epochs}: training loss {epoch['train_loss']:.4f}, "
+            f"validation accuracy {100 * epoch['validation_accuracy']:.1f} %, {epoch['seconds']:.0f} s"
+        )
+
+    result = train(model, train_loader, validation_loader, settings, progress=report.progress, on_epoch=tell)
+    predictions = predict(model, test_loader(dataset, config, device), device)
+    description = {
+        "cell": cell.id,
+        "model": cell.model,
+        "dataset": cell.dataset,
+        "n_classes": len(dataset.class_names),
+        "class_names": list(dataset.class_names),
+        "image_size": dataset.image_size,
+        "options": config.models.options.get(cell.model, {}),
+        "fingerprint": dataset.fingerprint,
+        "best_epoch": result.best_epoch,
+        "precision": result.precision,
+    }
+    save_checkpoint(_checkpoint(store, cell), model, description)
+    store.write_predictions(cell.id, predictions)
+    measured = measure(cell, predictions, names_of(dataset), config, None)
+    measured.columns |= cost_columns(model, cell, dataset, config, store)
+    measured.columns |= {"compression": 1.0, "training_seconds": result.seconds}
+    measured.extra["training_log"] = [{"precision": result.precision, **epoch} for epoch in result.log]
+    measured.extra["fingerprint"] = dataset.fingerprint
+    return measured
+
+
+class DatasetCache:
+    """Each data set of the config, opened once."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.opened: dict[str, FaceDataset] = {}
+
+    def load(self, name: str, report: Any) -> FaceDataset:
+        if name not in self.opened:
+
+            def decoding(what: str, done: int, total: int) -> None:
+                report.progress(f"{what} {done}/{total}", 0.0)
+
+            dataset = load_dataset(self.config, name, decoding)
+            for problem in dataset.problems:
+                report.line(f"  {name}: {problem}")
+            self.opened[name] = dataset
+        return self.opened[name]
+
+
+def names_of(dataset: FaceDataset) -> dict[str, Any]:
+    sensitive = {name: list(values) for name, values in dataset.sensitive_names.items()}
+    return {"classes": list(dataset.class_names), "sensitive": sensitive}
+
+
+def test_loader(dataset: FaceDataset, config: Config, device: str) -> BatchLoader:
+    return BatchLoader(dataset.splits["test"], config.run.evaluation_batch_size, device=device, channels_last=True)
+
+
+def cost_columns(model, cell: Cell, dataset: FaceDataset, config: Config, store: Store) -> dict[str, Any]:
+    """engine, size_mb of the file that is written, and latencies where the config wants them."""
+    path = store.model_path(cell.id)
+    if config.deployment.keep_models and cell.phase != "baseline":
+        with atomic_path(path) as temporary:
+            size = write_model(model, temporary)
+    else:
+        with atomic_path(path) as temporary:
+            size = write_model(model, temporary)
+        path.unlink()
+    columns: dict[str, Any] = {"engine": "torch", "size_mb": size}
+    if config.deployment.latency:
+        generator = torch.Generator().manual_seed(0)
+        for batch in (1, 32):
+            example = torch.randn(batch, 3, dataset.image_size, dataset.image_size, generator=generator)
+            columns[f"latency_ms_b{batch}"] = latency_ms(model, example, config.deployment.latency_repeats)
+    return columns
+
+
+def _checkpoint(store: Store, cell: Cell):
+    return store.checkpoint_path(cell.dataset, cell.model, cell.seed)
+
+
+def _write_training_log(store: Store, planned: list[str]) -> None:
+    records = store.records("baseline")
+    rows = [
+        {"cell": cell, **epoch}
+        for cell in planned
+        if cell in records
+        for epoch in records[cell]["extra"].get("training_log", [])
+    ]
+    columns = ["cell", "epoch", "learning_rate", "train_loss", "validation_accuracy", "precision", "seconds"]
+    write_text(store.root / "training_log.csv", pd.DataFrame(rows, columns=columns).to_csv(index=False))

@@ -1,0 +1,124 @@
+"""What the quantization and mitigation phases share: a cell that is derived from a baseline's checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from config import Config
+from datasets import BatchLoader, FaceDataset, calibration_subset
+from evaluation import predict
+from models import build_model, checkpoint_description, load_checkpoint
+from phases.baseline import DatasetCache, cost_columns, names_of, test_loader
+from phases.measure import measure, refresh_metrics
+from phases.plan import Cell, plan
+from quantization import apply_quantization
+from runner import CellResult, Report, run_cells
+from store import MissingArtifactError, Store, StoreError, seed_for
+
+
+def run(phase: str, config: Config, store: Store, report: Report, device: str) -> pd.DataFrame:
+    """Compute the cells of `phase` that are not done yet; returns its rows."""
+    planned = plan(config)
+    cells = planned[phase]
+    _check_baselines([cell for cell in planned["baseline"] if _is_needed(cell, cells, store)], store)
+    refresh_metrics([*planned["baseline"], *cells], config, store)
+    inputs = Inputs(config, store, device)
+    run_cells(phase, cells, functools.partial(compute, inputs=inputs), config, store, report)
+    return store.read_table(phase)
+
+
+def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
+    """Quantize the baseline's model as the cell says, predict the test split, and measure."""
+    config, store = inputs.config, inputs.store
+    baseline_row = inputs.baseline_row(cell)
+    dataset = inputs.datasets.load(cell.dataset, report)
+    model = inputs.model(cell, dataset)
+    options = dict(cell.options)
+    report.progress("calibrating", 0.1)
+    start = time.perf_counter()
+    data = _calibration_data(cell, options, dataset, config, inputs.device)
+    quantized = apply_quantization(
+        model, cell.method, cell.weight_bits, data, activation_bits=cell.activation_bits, **options
+    )
+    seconds = time.perf_counter() - start
+    report.progress("predicting", 0.5)
+    predictions = predict(quantized, test_loader(dataset, config, inputs.device), inputs.device)
+    store.write_predictions(cell.id, predictions)
+    measured = measure(cell, predictions, names_of(dataset), config, baseline_row)
+    measured.columns |= cost_columns(quantized, cell, dataset, config, store)
+    measured.columns["compression"] = baseline_row["size_mb"] / measured.columns["size_mb"]
+    measured.columns["calibration_seconds"] = seconds
+    measured.extra["placement"] = quantized.placement.summary()
+    return measured
+
+
+def _calibration_data(cell: Cell, options: dict, dataset: FaceDataset, config: Config, device: str):
+    """The cell's calibration images; takes out of `options` what chose them. None for methods that need none."""
+    if "calibration_samples" not in options:
+        return None
+    samples, split = options["calibration_samples"], dataset.splits[options["calibration_split"]]
+    balance = options.pop("balance", None)
+    attributes = {
+        None: None,
+        "attribute": [config.group_attribute(cell.dataset)],
+        "intersection": list(split.sensitive),
+    }
+    # the same draw for every method, width and observer of a model, so that they differ in nothing else
+    generator = np.random.default_rng(seed_for(cell.seed, cell.dataset, cell.model, "calibration", balance))
+    positions = calibration_subset(split, samples, generator, balance=attributes[balance])
+    return BatchLoader(split.subset(positions), config.run.evaluation_batch_size, device=device, channels_last=True)
+
+
+class Inputs:
+    """Checkpoints and data sets, each opened once; cells of one model follow one another."""
+
+    def __init__(self, config: Config, store: Store, device: str):
+        self.config, self.store, self.device = config, store, device
+        self.datasets = DatasetCache(config)
+        self.loaded: tuple[str, nn.Module] | None = None
+
+    def baseline_row(self, cell: Cell) -> dict:
+        row = self.store.record(cell.baseline_cell)["row"]
+        if row["status"] != "done":
+            raise RuntimeError(f"its baseline {cell.baseline_cell} failed: {row['error']}")
+        return row
+
+    def model(self, cell: Cell, dataset: FaceDataset) -> nn.Module:
+        """The trained FP32 model; CheckpointError or StoreError where the checkpoint is not the baseline's."""
+        if self.loaded is not None and self.loaded[0] == cell.baseline_cell:
+            return self.loaded[1]
+        path = self.store.checkpoint_path(cell.dataset, cell.model, cell.seed)
+        description = checkpoint_description(path)
+        if description["fingerprint"] != dataset.fingerprint:
+            raise StoreError(
+                f"{path}: trained on other data than {cell.dataset} has now (labels, splits or images changed); "
+                "put the data back, use another results_dir, or start again with --fresh"
+            )
+        n_classes = len(dataset.class_names)
+        model = build_model(
+            cell.model, n_classes, dataset.image_size, options=self.config.models.options.get(cell.model)
+        )
+        load_checkpoint(path, model, {"model": cell.model, "n_classes": n_classes, "cell": cell.baseline_cell})
+        model = model.to(device=self.device, memory_format=torch.channels_last).eval()
+        self.loaded = (cell.baseline_cell, model)
+        return self.loaded[1]
+
+
+def _is_needed(baseline: Cell, cells: list[Cell], store: Store) -> bool:
+    return any(cell.baseline_cell == baseline.id and not store.is_done(cell.id) for cell in cells)
+
+
+def _check_baselines(baselines: list[Cell], store: Store) -> None:
+    for cell in baselines:
+        if store.record(cell.id) is None:
+            path = store.checkpoint_path(cell.dataset, cell.model, cell.seed)
+            raise MissingArtifactError(
+                f"{path}: not trained yet with this configuration; make it with python main.py --phase baseline"
+            )

@@ -1,0 +1,98 @@
+"""From saved predictions to the columns of a row: metrics over the configured attribute and over the intersection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from config import Config
+from fairness_metrics import metrics_of_predictions
+from group_counts import METRICS, count_table, intersect
+from phases.plan import Cell
+from runner import CellResult
+from significance import bootstrap_intervals
+from store import GROUP_METRIC_COLUMNS, INTERSECTION, Store, seed_for, short_hash
+
+
+def metric_settings(config: Config, dataset: str) -> dict[str, Any]:
+    """What the metric columns depend on beside the predictions."""
+    return {
+        "attribute": config.group_attribute(dataset),
+        "min_group_size": config.data.min_group_size,
+        "replicates": config.analysis.bootstrap_replicates,
+        "confidence": config.analysis.confidence,
+    }
+
+
+def measure(cell: Cell, predictions, names: dict[str, Any], config: Config, baseline_row: dict | None) -> CellResult:
+    """Metric columns and group rows of a cell's test predictions.
+
+    `names` is {"classes": […], "sensitive": {attribute: [value names]}}; `baseline_row` the row of the FP32 cell that the
+    delta_ columns are against (None for a baseline).
+    """
+    settings = metric_settings(config, cell.dataset)
+    sensitive = {name: predictions.sensitive[name] for name in names["sensitive"]}
+    attribute = settings["attribute"]
+    groupings = {name: (codes, list(names["sensitive"][name])) for name, codes in sensitive.items()}
+    groupings[INTERSECTION] = intersect(sensitive, names["sensitive"])
+    measured = {
+        name: metrics_of_predictions(
+            predictions.y_true,
+            predictions.y_pred,
+            codes,
+            group_names,
+            names["classes"],
+            min_group_size=settings["min_group_size"],
+        )
+        for name, (codes, group_names) in groupings.items()
+    }
+    columns: dict[str, Any] = {"n_test": len(predictions.y_true)}
+    columns |= {column: measured[attribute][column] for column in GROUP_METRIC_COLUMNS}
+    columns |= {
+        f"intersectional_{column}": measured[INTERSECTION][column]
+        for column in GROUP_METRIC_COLUMNS
+        if column not in ("accuracy", "balanced_accuracy")
+    }
+    codes, group_names = groupings[attribute]
+    table = count_table(codes, predictions.y_true, predictions.y_pred, len(group_names), len(names["classes"]))
+    intervals = bootstrap_intervals(
+        table,
+        settings["min_group_size"],
+        settings["replicates"],
+        settings["confidence"],
+        generator=np.random.default_rng(seed_for(cell.seed, cell.dataset, cell.model, cell.id, "bootstrap")),
+    )
+    for metric in METRICS:
+        columns[f"{metric}_ci_low"], columns[f"{metric}_ci_high"] = intervals[metric]
+        if baseline_row is not None:
+            columns[f"delta_{metric}"] = _difference(columns[metric], baseline_row[metric])
+    groups = [{"attribute": name, **group} for name in groupings for group in measured[name]["groups"]]
+    extra = {"names": names, "metrics_key": short_hash(settings)}
+    return CellResult(columns, groups, extra)
+
+
+def refresh_metrics(cells: list[Cell], config: Config, store: Store) -> int:
+    """Derive again, from saved predictions, the rows that were made with other metric settings; how many there were."""
+    refreshed = 0
+    for cell in cells:
+        if not store.is_done(cell.id):
+            continue
+        record = store.record(cell.id)
+        if record["extra"]["metrics_key"] == short_hash(metric_settings(config, cell.dataset)):
+            continue
+        baseline_row = store.record(cell.baseline_cell)["row"] if cell.baseline_cell else None
+        result = measure(cell, store.predictions(cell.id), record["extra"]["names"], config, baseline_row)
+        identity = {key: record["groups"][0][key] for key in record["groups"][0] if key not in result.groups[0]}
+        store.write_cell(
+            record["row"] | result.columns,
+            [identity | group for group in result.groups],
+            record["extra"] | result.extra,
+        )
+        refreshed += 1
+    return refreshed
+
+
+def _difference(value: float | None, reference: float | None) -> float:
+    """value - reference; NaN where either is undefined (a record holds NaN as null)."""
+    return float("nan") if value is None or reference is None else value - reference

@@ -1,0 +1,157 @@
+"""The cells that a configuration plans, phase by phase, in the order in which they run.
+
+A cell's id is readable and ends in a hash of everything that determines its predictions. What only determines how they
+are summarised (group attribute, smallest group, bootstrap) is not in it: rows are derived again from saved predictions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from config import SHORTHANDS, Config, MethodEntry, parse_width
+from store import SCHEMA_VERSION, short_hash
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the sweep. `options` are the method's own settings; bits are None for FP32."""
+
+    id: str
+    phase: str
+    dataset: str
+    model: str
+    seed: int
+    method: str
+    strategy: str | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    baseline_cell: str | None = None
+
+    @property
+    def options_text(self) -> str | None:
+        return json.dumps(self.options, sort_keys=True, separators=(",", ":")) if self.options else None
+
+    def identity(self) -> dict[str, Any]:
+        """The columns of the row that name the cell."""
+        return {
+            "cell": self.id,
+            "phase": self.phase,
+            "dataset": self.dataset,
+            "model": self.model,
+            "seed": self.seed,
+            "method": self.method,
+            "strategy": self.strategy,
+            "weight_bits": self.weight_bits,
+            "activation_bits": self.activation_bits,
+            "options": self.options_text,
+            "baseline_cell": self.baseline_cell,
+        }
+
+
+def plan(config: Config) -> dict[str, list[Cell]]:
+    """{'baseline': […], 'quantization': […], 'mitigation': […]}; each cell once."""
+    cells: dict[str, list[Cell]] = {"baseline": [], "quantization": [], "mitigation": []}
+    for dataset in config.data.dataset:
+        for model in config.models.architectures:
+            for seed in config.run.seeds:
+                baseline = _baseline(config, dataset, model, seed)
+                cells["baseline"].append(baseline)
+                cells["quantization"] += _distinct(_quantization(config, baseline))
+                cells["mitigation"] += _distinct(_mitigation(config, baseline))
+    return cells
+
+
+def _baseline(config: Config, dataset: str, model: str, seed: int) -> Cell:
+    data = config.dataset(dataset).model_dump(mode="json", exclude={"root"})  # data may be moved: see fingerprint
+    identity = {
+        "schema": SCHEMA_VERSION,
+        "dataset": dataset,
+        "data": data,
+        "model": model,
+        "pretrained": config.models.pretrained,
+        "weights": config.models.weights.get(model),
+        "options": config.models.options.get(model, {}),
+        "training": config.training.for_model(model).model_dump(mode="json"),
+        "seed": seed,
+        "threads": config.run.threads_per_cell,
+    }
+    return Cell(f"{dataset}-{model}-s{seed}-fp32-{short_hash(identity)}", "baseline", dataset, model, seed, "none")
+
+
+def _quantization(config: Config, baseline: Cell) -> list[Cell]:
+    cells = []
+    for entry in config.quantization.methods:
+        entry = MethodEntry(method=entry) if isinstance(entry, str) else entry
+        method, _, weight_bits, activation_bits = SHORTHANDS.get(entry.method, (entry.method, None, None, None))
+        if weight_bits is not None:
+            widths = [(weight_bits, activation_bits)]
+        else:
+            widths = [parse_width(width) for width in entry.bit_widths or config.quantization.bit_widths]
+        settings = {**getattr(config.quantization, method).model_dump(), **entry.options()}
+        observers = settings.pop("observer", [None])
+        cells += [
+            _derived(
+                baseline, "quantization", method, None, *width, _options(method, {**settings, "observer": observer})
+            )
+            for observer in observers
+            for width in widths
+        ]
+    return cells
+
+
+def _mitigation(config: Config, baseline: Cell) -> list[Cell]:
+    cells = []
+    for strategy in config.mitigation.strategies:
+        section = getattr(config.mitigation, strategy)
+        common = config.quantization.ptq_static
+        settings = common.model_dump() | {"observer": section.observer, "balance": section.balance}
+        if section.calibration_samples is not None:
+            settings["calibration_samples"] = section.calibration_samples
+        for width in section.bit_widths or config.quantization.bit_widths:
+            options = _options(section.method, settings)
+            cells.append(_derived(baseline, "mitigation", section.method, strategy, *parse_width(width), options))
+    return cells
+
+
+def _options(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are given and matter; a percentile only where an observer reads it."""
+    options = {key: value for key, value in settings.items() if value is not None}
+    if "percentile" not in (options.get("observer"), options["weight_observer"]):
+        del options["percentile"]
+    return options
+
+
+def _derived(
+    baseline: Cell, phase: str, method: str, strategy: str | None, weight_bits: int, activation_bits: int, options: dict
+) -> Cell:
+    identity = {
+        "baseline": baseline.id,
+        "method": method,
+        "strategy": strategy,
+        "bits": [weight_bits, activation_bits],
+        "options": options,
+    }
+    label = [strategy or method, f"w{weight_bits}a{activation_bits}"]
+    if "observer" in options:
+        label.append(options["observer"])
+    cell = f"{baseline.dataset}-{baseline.model}-s{baseline.seed}-{'-'.join(label)}-{short_hash(identity)}"
+    return Cell(
+        cell,
+        phase,
+        baseline.dataset,
+        baseline.model,
+        baseline.seed,
+        method,
+        strategy,
+        weight_bits,
+        activation_bits,
+        options,
+        baseline.id,
+    )
+
+
+def _distinct(cells: list[Cell]) -> list[Cell]:
+    return list({cell.id: cell for cell in cells}.values())

@@ -1,0 +1,234 @@
+"""The public API of quantization, and the table of methods: what a notebook imports.
+
+    from quantization import apply_quantization, compare_quantization_methods
+    qmodel = apply_quantization(model, method="ptq_static", bit_width=4, activation_bits=8, calibration_data=loader)
+
+The caller's model is never changed. How each method works is in quantizers/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pydantic
+from torch import nn
+
+from config import SHORTHANDS, BiasAwareCalibration, PTQDynamic, PTQStatic, Section, suggest
+from fairness_metrics import compute_fairness_metrics
+from quantizers import ptq
+from quantizers.calibration import gather_balanced_images, gather_images
+from quantizers.modules import QuantizedModel
+from quantizers.numerics import QuantizationError, check_bits
+from store import seed_for
+
+__all__ = ["METHODS", "Comparison", "QuantizationError", "apply_quantization", "compare_quantization_methods"]
+
+
+def _ptq_static(
+    model: nn.Module, data: Iterable, weight_bits: int, activation_bits: int, options: dict
+) -> QuantizedModel:
+    images = gather_images(data, options["calibration_samples"])
+    return ptq.ptq_static(model, images, weight_bits=weight_bits, activation_bits=activation_bits, **_ranges(options))
+
+
+def _bias_aware(
+    model: nn.Module, data: Iterable, weight_bits: int, activation_bits: int, options: dict
+) -> QuantizedModel:
+    generator = np.random.default_rng(seed_for(options["seed"], "bias_aware_calibration"))
+    images, distinct = gather_balanced_images(data, options["calibration_samples"], generator, options["attributes"])
+    quantized = ptq.ptq_static(
+        model, images, weight_bits=weight_bits, activation_bits=activation_bits, **_ranges(options)
+    )
+    quantized.description["calibration_groups"] = {str(group): count for group, count in distinct.items()}
+    return quantized
+
+
+def _ptq_dynamic(model: nn.Module, data: None, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
+    return ptq.ptq_dynamic(model, weight_bits=weight_bits, activation_bits=activation_bits, **_ranges(options))
+
+
+def _ranges(options: dict) -> dict:
+    """The options that the quantizers themselves take."""
+    return {key: options[key] for key in RANGE_OPTIONS if key in options}
+
+
+RANGE_OPTIONS = ("observer", "weight_observer", "percentile", "first_last_bits")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the table: how it is done, which config sections hold its options, and what it needs."""
+
+    apply: Callable[[nn.Module, Any, int, int, dict], QuantizedModel]
+    sections: tuple[type[Section], ...]
+    needs_calibration_data: bool
+    extra_options: tuple[tuple[str, Any], ...] = ()
+
+
+METHODS: dict[str, Method] = {
+    "ptq_static": Method(_ptq_static, (PTQStatic,), True),
+    "ptq_dynamic": Method(_ptq_dynamic, (PTQDynamic,), False),
+    "bias_aware_calibration": Method(
+        _bias_aware, (PTQStatic, BiasAwareCalibration), True, (("seed", 0), ("attributes", None))
+    ),
+}
+
+
+def apply_quantization(
+    model: nn.Module,
+    method: str = "ptq_static",
+    bit_width: int | None = None,
+    calibration_data: Iterable | None = None,
+    *,
+    activation_bits: int | None = None,
+    **options: Any,
+) -> QuantizedModel:
+    """A quantized copy of `model`, in eval mode and on its device.
+
+    `method` is a name of METHODS or a shorthand (PTQ_INT8, PTQ_INT4, PTQ_INT2, PTQ_W4A8, dynamic, bias_aware).
+    `bit_width`, 2 to 8 (default 8), is the width of weights and activations, unless `activation_bits` says otherwise for
+    the activations. `calibration_data` is an iterable of batches `{"image": (N, 3, H, W) float, "label": (N,),
+    "sensitive": {name: (N,)}}` or of (image, label, sensitive) tuples; images must be normalised as in training.
+    `options` are keys of the method's config section, such as observer="percentile" or calibration_samples=256.
+
+    Raises QuantizationError, one line, for an unknown method or option, a width outside 2 to 8, missing or empty
+    calibration data, or a model without a layer that can be quantized.
+    """
+    name, weight_bits, shorthand_activation_bits = _resolve(method, bit_width)
+    entry = METHODS[name]
+    activation_bits = activation_bits if activation_bits is not None else shorthand_activation_bits
+    check_bits(weight_bits, "bit_width")
+    check_bits(activation_bits, "activation_bits")
+    settings = _settings(name, entry, options)
+    if entry.needs_calibration_data and calibration_data is None:
+        raise QuantizationError(f"{method} needs calibration_data: an iterable of batches of images")
+    quantized = entry.apply(model, calibration_data, weight_bits, activation_bits, settings)
+    quantized.description |= {"strategy": name if name not in ("ptq_static", "ptq_dynamic") else None}
+    return quantized
+
+
+def _resolve(method: str, bit_width: int | None) -> tuple[str, int, int]:
+    """(name in METHODS, weight bits, activation bits) of a name or shorthand."""
+    if method in METHODS:
+        bits = 8 if bit_width is None else bit_width
+        return method, bits, bits
+    if method not in SHORTHANDS:
+        raise QuantizationError(f"unknown method {method!r}{suggest(method, (*METHODS, *SHORTHANDS))}")
+    name, strategy, weight_bits, activation_bits = SHORTHANDS[method]
+    if weight_bits is None:
+        bits = 8 if bit_width is None else bit_width
+        return strategy or name, bits, bits
+    if bit_width not in (None, weight_bits):
+        raise QuantizationError(f"{method} has {weight_bits}-bit weights; leave out bit_width={bit_width}")
+    return strategy or name, weight_bits, activation_bits
+
+
+def _settings(name: str, entry: Method, options: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of the method's config sections with `options` over them, checked as the config checks them."""
+    extra = dict(entry.extra_options)
+    known = {key: section for section in entry.sections for key in section.model_fields}
+    for key in options:
+        if key not in known and key not in extra:
+            raise QuantizationError(f"{name} has no option {key!r}{suggest(key, (*known, *extra))}")
+    settings: dict[str, Any] = dict(extra)
+    for section in entry.sections:
+        try:
+            given = section(**{key: value for key, value in options.items() if key in section.model_fields})
+        except pydantic.ValidationError as error:
+            detail = error.errors()[0]
+            key = ".".join(map(str, detail["loc"]))
+            raise QuantizationError(f"{name}: option {key}: {detail['msg']}, got {detail['input']!r}") from None
+        settings |= {
+            key: value for key, value in given.model_dump().items() if value is not None or key not in settings
+        }
+    settings |= {key: value for key, value in options.items() if key in extra}
+    observer = settings.get("observer")
+    if isinstance(observer, list):
+        if len(observer) != 1:
+            raise QuantizationError(f"{name}: option observer: one of them, got {observer}")
+        settings["observer"] = observer[0]
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_quantization_methods` measured: `table`, one row a (method, sensitive attribute), FP32 first."""
+
+    table: pd.DataFrame
+
+    def save_to_csv(self, path: str | Path) -> None:
+        self.table.to_csv(path, index=False)
+
+    def plot_comparison(self, path: str | Path | None = None):
+        """A matplotlib Figure of accuracy, worst group and gap by method; saved to `path` where one is given."""
+        from visualizations import method_comparison
+
+        figure = method_comparison(self.table)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+
+def compare_quantization_methods(
+    model: nn.Module,
+    methods: Sequence[str],
+    test_loader: Iterable,
+    sensitive_attrs: Sequence[str],
+    calibration_data: Iterable | None = None,
+    *,
+    min_group_size: int = 1,
+    **options: Any,
+) -> Comparison:
+    """Measure `model` in FP32 and under each of `methods` on `test_loader`, for each sensitive attribute.
+
+    Methods are as in `apply_quantization`; an option is passed to the methods that have it. `test_loader` is iterated
+    once a model. Raises QuantizationError before anything is computed where a method is unknown, or an option is one that
+    none of the methods has.
+    """
+    names = {method: _resolve(method, None)[0] for method in methods}
+    if len(names) != len(list(methods)):
+        raise QuantizationError(f"a method is there twice: {', '.join(methods)}")
+    accepted = {
+        name: {key for section in METHODS[name].sections for key in section.model_fields}
+        | dict(METHODS[name].extra_options).keys()
+        for name in names.values()
+    }
+    for key in options:
+        if not any(key in keys for keys in accepted.values()):
+            raise QuantizationError(f"none of the methods has an option {key!r}")
+    attributes = [sensitive_attrs] if isinstance(sensitive_attrs, str) else list(sensitive_attrs)
+    rows = _comparison_rows("FP32", model, test_loader, attributes, min_group_size, {})
+    for method, name in names.items():
+        given = {key: value for key, value in options.items() if key in accepted[name]}
+        quantized = apply_quantization(model, method, calibration_data=calibration_data, **given)
+        rows += _comparison_rows(method, quantized, test_loader, attributes, min_group_size, quantized.description)
+    return Comparison(pd.DataFrame(rows))
+
+
+def _comparison_rows(
+    label: str, model: nn.Module, loader: Iterable, attributes: list[str], min_group_size: int, description: dict
+) -> list[dict]:
+    metrics = compute_fairness_metrics(model, loader, attributes, min_group_size=min_group_size)
+    kept = ("n", "accuracy", "balanced_accuracy", "worst_group", "worst_group_accuracy", "accuracy_gap",
+            "demographic_parity_difference", "disparate_impact", "equalized_odds_difference",
+            "equal_opportunity_difference", "predictive_equality_difference", "predictive_parity_difference",
+            "groups_left_out")  # fmt: skip
+    return [
+        {
+            "method": label,
+            "weight_bits": description.get("weight_bits"),
+            "activation_bits": description.get("activation_bits"),
+            "sensitive_attribute": attribute,
+            **{key: metrics["by_attribute"][attribute][key] for key in kept},
+            "model_size_mb": metrics["model_size_mb"],
+        }
+        for attribute in attributes
+    ]

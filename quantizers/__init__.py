@@ -1,0 +1,1 @@
+"""How quantization is done: numerics, observers, graph (where), modules (what holds the state), calibration, ptq."""

@@ -1,0 +1,400 @@
+"""Where quantizers stand: a model is traced, simplified and given quantizers at the inputs of what integer engines run.
+
+Found from the traced graph (torch.fx), never from lists of layer names:
+
+- convolutions and linear layers: integer weights, and a quantizer on their input;
+- products of two activations (attention): a quantizer on either factor;
+- sums of two activations (residual additions): a quantizer on either term.
+
+BatchNorm is folded into the layer before it first, and fused attention is written out as its two products, so that what
+is simulated is what an integer engine runs. A tensor that feeds several of these has one quantizer. What stays in float
+(norms, softmax, GELU and SiLU, pooling, gates, embeddings added to activations) is listed in the `Placement`.
+
+A submodule whose code torch.fx cannot trace (control flow on values) is kept as one opaque node; the convolutions and
+linear layers inside still get integer weights and quantized inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from quantizers.modules import QuantizedLayer
+from quantizers.numerics import QuantizationError
+
+ACTIVATION, CONSTANT, SHAPE = "activation", "constant", "shape"
+MATMULS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"}
+ADDITIONS = {torch.add, operator.add, operator.iadd, "add", "add_", "__add__"}
+SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "element_size"}
+TRANSPARENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+SILENT = {"placeholder", "output", "get_attr"}
+
+NewQuantizer = Callable[[str, bool], nn.Module]  # (name, belongs to the first or last layer) -> quantizer
+
+
+@dataclass
+class Placement:
+    """What a quantized model runs in integers and what in float, by name of the graph's nodes."""
+
+    layers: list[str] = field(default_factory=list)  # convolutions and linear layers
+    matmuls: list[str] = field(default_factory=list)
+    additions: list[str] = field(default_factory=list)
+    activation_quantizers: list[str] = field(default_factory=list)
+    folded_norms: list[str] = field(default_factory=list)
+    opaque: dict[str, str] = field(default_factory=dict)  # submodule -> why it could not be traced
+    float_operations: Counter = field(default_factory=Counter)  # operation -> how often
+    float_layers: list[str] = field(default_factory=list)  # layers with weights that stayed in float
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "layers": len(self.layers),
+            "matmuls": len(self.matmuls),
+            "additions": len(self.additions),
+            "activation_quantizers": len(self.activation_quantizers),
+            "folded_norms": len(self.folded_norms),
+            "opaque": dict(self.opaque),
+            "float_operations": dict(sorted(self.float_operations.items())),
+            "float_layers": list(self.float_layers),
+        }
+
+
+def prepare(
+    model: nn.Module, weight_bits: int, new_quantizer: NewQuantizer, first_last_bits: int | None = None
+) -> tuple[nn.Module, Placement]:
+    """A copy of `model`, in eval mode, with quantizers in place and not yet calibrated; the model itself is not changed.
+
+    `new_quantizer(name, is_edge)` makes the quantizer of one activation; `is_edge` is true at the input of the first and
+    of the last layer, whose weights get `first_last_bits` where that is given.
+    """
+    network, placement = trace(copy.deepcopy(model).eval())
+    fold_batch_norms(network, placement)
+    _insert_quantizers(network, placement, weight_bits, new_quantizer, first_last_bits)
+    if not placement.layers:
+        raise QuantizationError("the model has no convolution or linear layer that can be quantized")
+    return network, placement
+
+
+# ------------------------------------------------------------------------------------------------------------- tracing
+
+
+def trace(model: nn.Module) -> tuple[fx.GraphModule, Placement]:
+    """The graph of `model`, with untraceable submodules left whole, dead code removed and attention written out."""
+    placement = Placement()
+    root: nn.Module = model
+    while True:
+        tracer = _Tracer(set(placement.opaque))
+        try:
+            graph = tracer.trace(root, concrete_args=_default_arguments(root))
+            break
+        except Exception as error:  # whatever the user's forward raises on a proxy
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            if tracer.failed is None and root is model:
+                root = _Whole(model)  # the outermost forward itself: keep all of it as one node
+                placement.opaque["model"] = reason
+            elif tracer.failed is None or tracer.failed in placement.opaque:
+                raise QuantizationError(f"the model cannot be traced: {reason}") from error
+            else:
+                placement.opaque[tracer.failed] = reason
+    network = fx.GraphModule(root, graph)
+    _write_out_attention(network)
+    for node in network.graph.nodes:
+        if node.op == "call_function" and node.target is operator.iadd:
+            node.target = operator.add
+    network.graph.eliminate_dead_code()
+    network.recompile()
+    return network, placement
+
+
+class _Whole(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+class _Tracer(fx.Tracer):
+    """Keeps layers, norms and untraceable submodules whole; remembers the innermost module whose code failed."""
+
+    def __init__(self, opaque: set[str]):
+        super().__init__()
+        self.opaque = opaque
+        self.failed: str | None = None
+
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        if path in self.opaque or isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm)) or is_layer(module):
+            return True
+        return super().is_leaf_module(module, path)
+
+    def call_module(self, module, forward, args, kwargs):
+        try:
+            return super().call_module(module, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(module)
+            raise
+
+
+def _default_arguments(root: nn.Module) -> dict[str, Any]:
+    """Every argument of forward but the first, at its default, so that `if mask is None` is decided while tracing."""
+    parameters = list(inspect.signature(root.forward).parameters.values())[1:]
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        and parameter.default is not inspect.Parameter.empty
+    }
+
+
+def is_layer(module: nn.Module) -> bool:
+    """A convolution or linear layer that uses its weight as it is (not one that reparametrises it in its forward)."""
+    if not isinstance(module, (_ConvNd, nn.Linear)):
+        return False
+    if isinstance(module, _ConvTransposeNd) and module.groups > 1:
+        return False
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return False
+    if type(module).__module__.startswith("torch.nn"):
+        return True
+    # TensorFlow-style padding computes only the padding; the weight is used as it is
+    return type(module).__name__ == "Conv2dSame" or type(module).forward in _PLAIN_FORWARDS
+
+
+_PLAIN_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
+
+
+def _write_out_attention(network: fx.GraphModule) -> None:
+    """scaled_dot_product_attention -> (q * scale) @ k^T, softmax, @ v; left as it is with a mask, causal or grouped."""
+    graph = network.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not F.scaled_dot_product_attention:
+            continue
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if arguments.get("attn_mask") is not None or arguments.get("is_causal") or arguments.get("enable_gqa"):
+            continue
+        scale = arguments.get("scale")
+        with graph.inserting_before(node):
+            query = arguments["query"]
+            if scale is None:
+                width = graph.call_method("size", (query, -1))
+                query = graph.call_function(operator.mul, (query, graph.call_function(_inverse_root, (width,))))
+            else:
+                query = graph.call_function(operator.mul, (query, scale))
+            key = graph.call_method("transpose", (arguments["key"], -2, -1))
+            product = graph.call_function(torch.matmul, (query, key))
+            weights = graph.call_method("softmax", (product,), {"dim": -1})
+            result = graph.call_function(torch.matmul, (weights, arguments["value"]))
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
+def _inverse_root(width: int) -> float:
+    return 1.0 / math.sqrt(width)
+
+
+# ------------------------------------------------------------------------------------------------------ batch norm folding
+
+
+def fold_batch_norms(network: fx.GraphModule, placement: Placement) -> None:
+    """Fold each BatchNorm whose only input is a layer that nothing else reads; timm's BatchNormAct keeps its activation.
+
+    w' = w gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta (Jacob et al. 2018, eq. 14).
+    """
+    modules = dict(network.named_modules())
+    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
+    for node in list(network.graph.nodes):
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+            continue
+        source = _only_source(node)
+        if source is None or source.op != "call_module" or len(source.users) != 1:
+            continue
+        layer = modules.get(source.target)
+        if not is_layer(layer) or calls[source.target] != 1 or calls[node.target] != 1:
+            continue
+        _fold(layer, norm)
+        placement.folded_norms.append(node.target)
+        activation = _activation_of(norm)
+        if activation is None:
+            node.replace_all_uses_with(source)
+            network.graph.erase_node(node)
+            network.delete_submodule(node.target)
+        else:
+            _set_module(network, node.target, activation)
+    network.recompile()
+
+
+def _only_source(node: fx.Node) -> fx.Node | None:
+    return node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else None
+
+
+def _activation_of(norm: nn.Module) -> nn.Module | None:
+    """What a BatchNormAct does after its norm, or None for a plain one. (Its dropout does nothing in eval mode.)"""
+    activation = getattr(norm, "act", None)
+    return None if activation is None or isinstance(activation, nn.Identity) else activation
+
+
+@torch.no_grad()
+def _fold(layer: nn.Module, norm: nn.Module) -> None:
+    gain = norm.weight if norm.weight is not None else torch.ones_like(norm.running_var)
+    shift = norm.bias if norm.bias is not None else torch.zeros_like(norm.running_mean)
+    factor = gain.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    axis = 1 if isinstance(layer, _ConvTransposeNd) else 0
+    shape = [1] * layer.weight.ndim
+    shape[axis] = -1
+    bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(factor)
+    folded = (bias - norm.running_mean.double()) * factor + shift.double()
+    layer.weight.copy_(layer.weight.double() * factor.reshape(shape))
+    layer.bias = nn.Parameter(folded.to(layer.weight.dtype))
+
+
+def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+# ------------------------------------------------------------------------------------------------------------- placement
+
+
+def _insert_quantizers(
+    network: fx.GraphModule,
+    placement: Placement,
+    weight_bits: int,
+    new_quantizer: NewQuantizer,
+    first_last_bits: int | None,
+) -> None:
+    modules = dict(network.named_modules())
+    kinds = _kinds(network.graph, modules)
+    edges = _first_and_last_layers(network.graph, modules, kinds)
+    quantizers: dict[fx.Node, fx.Node] = {}
+
+    def quantized(source: fx.Node, consumer: fx.Node, is_edge: bool) -> fx.Node:
+        """The quantizer on the tensor that reaches `consumer`, made before its first consumer in program order."""
+        origin = _origin(source, modules)
+        if origin not in quantizers:
+            name = origin.name
+            path = f"quantizer_{name}"
+            network.add_submodule(path, new_quantizer(name, is_edge))
+            with network.graph.inserting_before(consumer):
+                quantizers[origin] = network.graph.call_module(path, (origin,))
+            placement.activation_quantizers.append(name)
+        return quantizers[origin]
+
+    for node in list(network.graph.nodes):
+        if node.op == "call_module" and is_layer(modules.get(node.target)):
+            is_edge = node in edges
+            bits = first_last_bits if is_edge and first_last_bits is not None else weight_bits
+            node.replace_input_with(node.args[0], quantized(node.args[0], node, is_edge))
+            if node.target not in placement.layers:
+                _set_module(network, node.target, QuantizedLayer(node.target, modules[node.target], bits))
+                placement.layers.append(node.target)
+        elif node.target in MATMULS or node.target in ADDITIONS:
+            operands = node.args[:2]
+            if len(operands) == 2 and all(isinstance(o, fx.Node) and kinds[o] == ACTIVATION for o in operands):
+                (placement.matmuls if node.target in MATMULS else placement.additions).append(node.name)
+                node.args = (*(quantized(operand, node, False) for operand in operands), *node.args[2:])
+                continue
+            if kinds[node] == ACTIVATION:
+                placement.float_operations[_operation(node, modules)] += 1
+        elif node.op == "call_module" and node.target in placement.opaque:
+            _quantize_inside(modules[node.target], node.target, placement, weight_bits, new_quantizer)
+        elif node.op not in SILENT and kinds[node] == ACTIVATION:
+            if any(True for _ in _weights_of(modules.get(node.target))) and node.op == "call_module":
+                placement.float_layers.append(node.target)
+            if not isinstance(modules.get(node.target), TRANSPARENT_MODULES):
+                placement.float_operations[_operation(node, modules)] += 1
+    network.graph.lint()
+    network.recompile()
+
+
+def _weights_of(module: nn.Module | None):
+    """Matrices and kernels that a leaf module holds (norms have vectors only)."""
+    return (p for p in module.parameters() if p.ndim > 1) if module is not None else iter(())
+
+
+def _quantize_inside(
+    opaque: nn.Module, path: str, placement: Placement, weight_bits: int, new_quantizer: NewQuantizer
+) -> None:
+    """Integer weights and quantized inputs for the layers of a submodule that could not be traced."""
+    for child_path, child in list(opaque.named_modules()):
+        for name, layer in list(child.named_children()):
+            if isinstance(child, nn.MultiheadAttention):
+                # it reads its layers' weights without calling them
+                placement.float_layers.append(f"{path}.{child_path}.{name}".replace("..", "."))
+            elif is_layer(layer):
+                full = ".".join(part for part in (path, child_path, name) if part)
+                quantizer = new_quantizer(f"{full}.input", False)
+                setattr(child, name, nn.Sequential(quantizer, QuantizedLayer(full, layer, weight_bits)))
+                placement.layers.append(full)
+                placement.activation_quantizers.append(f"{full}.input")
+
+
+def _origin(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
+    """The node whose value this is, past what does nothing in eval mode."""
+    while node.op == "call_module" and isinstance(modules.get(node.target), TRANSPARENT_MODULES):
+        node = node.args[0]
+    return node
+
+
+def _kinds(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, str]:
+    """Whether each node carries data of the input, a constant of the model, or a size."""
+    kinds: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        inputs = {kinds[source] for source in node.all_input_nodes}
+        if node.op == "placeholder":
+            kinds[node] = ACTIVATION
+        elif node.op == "get_attr":
+            kinds[node] = CONSTANT
+        elif (node.op == "call_method" and node.target in SHAPE_METHODS) or (
+            node.op == "call_function" and node.target in (getattr, len, _inverse_root)
+        ):
+            kinds[node] = SHAPE
+        elif ACTIVATION in inputs:
+            kinds[node] = ACTIVATION
+        else:
+            kinds[node] = CONSTANT if CONSTANT in inputs else SHAPE
+    return kinds
+
+
+def _first_and_last_layers(graph: fx.Graph, modules: dict[str, nn.Module], kinds: dict[fx.Node, str]) -> set[fx.Node]:
+    """The layers that read the image and those whose output reaches the logits without another layer between."""
+
+    def is_call_of_layer(node: fx.Node) -> bool:
+        return node.op == "call_module" and is_layer(modules.get(node.target))
+
+    found: set[fx.Node] = set()
+    for start, step in (
+        ([node for node in graph.nodes if node.op == "placeholder"], lambda node: list(node.users)),
+        ([node for node in graph.nodes if node.op == "output"], lambda node: node.all_input_nodes),
+    ):
+        seen, stack = set(start), list(start)
+        while stack:
+            for node in step(stack.pop()):
+                if node in seen or kinds[node] != ACTIVATION:
+                    continue
+                seen.add(node)
+                if is_call_of_layer(node):
+                    found.add(node)
+                else:
+                    stack.append(node)
+    return found
+
+
+def _operation(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return type(modules[node.target]).__name__
+    return node.target if isinstance(node.target, str) else node.target.__name__

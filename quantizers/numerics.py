@@ -1,0 +1,97 @@
+"""Uniform affine quantization, q = clamp(round(x / scale) + zero_point, qmin, qmax), at any width from 2 to 8 bits.
+
+Weights: signed, symmetric (zero_point 0), the whole range -2^(b-1) … 2^(b-1) - 1. Activations: unsigned, affine,
+0 … 2^b - 1, zero always a level (Jacob et al., CVPR 2018). Rounding is to the nearest, ties to even, as in ONNX.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+MIN_BITS, MAX_BITS = 2, 8
+PACK_CHUNK = 1 << 20  # values packed at a time
+
+
+class QuantizationError(ValueError):
+    """Quantization that cannot be done as asked; the message is one line."""
+
+
+def check_bits(bits: int, what: str) -> int:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise QuantizationError(f"{what}: {bits!r} bits; expected an integer from {MIN_BITS} to {MAX_BITS}")
+    return bits
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def symmetric_scale(max_abs: torch.Tensor, bits: int) -> torch.Tensor:
+    """The scale at which no |w| <= max_abs is off by more than scale / 2; 1 where max_abs is 0 (all weights zero)."""
+    scale = max_abs / (2 ** (bits - 1) - 0.5)
+    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+
+
+def affine_parameters(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero_point) of the range [low, high], widened to hold 0; any shape. A range that is only 0 has scale 1."""
+    levels = 2**bits - 1
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (high - low) / levels
+    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+    zero_point = (-low / scale).round().clamp(0, levels)
+    return scale, zero_point
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
+    """dequantize(quantize(x)) in the dtype of x. The zero point moves into the bounds: same values, fewer passes."""
+    return x.div(scale).round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
+
+
+def quantize_weight(w: torch.Tensor, scale_O: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
+    """int8 tensor of the shape of w; `axis` is the output-channel dimension."""
+    qmin, qmax = weight_range(bits)
+    return w.div(along(scale_O, axis, w.ndim)).round_().clamp_(qmin, qmax).to(torch.int8)
+
+
+def dequantize_weight(q: torch.Tensor, scale_O: torch.Tensor, axis: int) -> torch.Tensor:
+    return q.to(scale_O.dtype) * along(scale_O, axis, q.ndim)
+
+
+def along(values_O: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
+    """A vector as a tensor of `ndim` dimensions that broadcasts along `axis`."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values_O.reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned values < 2^bits, flattened, as uint8: `bits` bits each, most significant first, no padding between them."""
+    flat = np.ascontiguousarray(values, dtype=np.uint8).reshape(-1)
+    assert flat.size == 0 or int(flat.max()) < 2**bits
+    if bits == 8:
+        return flat.copy()
+    chunk = PACK_CHUNK  # a multiple of 8: every chunk but the last ends on a byte
+    parts = [
+        np.packbits(np.unpackbits(flat[start : start + chunk, None], axis=1)[:, 8 - bits :])
+        for start in range(0, flat.size, chunk)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+
+
+def unpack_bits(packed: np.ndarray, bits: int, size: int) -> np.ndarray:
+    """The `size` uint8 values that `pack_bits` packed."""
+    if packed.size != (size * bits + 7) // 8:
+        raise QuantizationError(f"{packed.size} packed bytes do not hold {size} values of {bits} bits")
+    if bits == 8:
+        return packed.copy()
+    step = PACK_CHUNK * bits // 8
+    parts = []
+    for start in range(0, packed.size, step):
+        count = min(PACK_CHUNK, size - start // step * PACK_CHUNK)
+        flags = np.unpackbits(packed[start : start + step])[: count * bits].reshape(count, bits)
+        parts.append(np.packbits(flags, axis=1)[:, 0] >> (8 - bits))
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)

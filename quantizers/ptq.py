@@ -1,0 +1,64 @@
+"""Post-training quantization, static and dynamic."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from evaluation import device_of
+from quantizers.calibration import calibrate
+from quantizers.graph import prepare
+from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, QuantizedModel
+from quantizers.observers import WeightObserver
+
+
+def ptq_static(
+    model: nn.Module,
+    images: torch.Tensor,
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    observer: str = "mse",
+    weight_observer: str = "mse",
+    percentile: float = 99.99,
+    first_last_bits: int | None = None,
+) -> QuantizedModel:
+    """Integer weights and fixed activation ranges, chosen by `observer` from calibration `images` (n, 3, H, W)."""
+
+    def new_quantizer(name: str, is_edge: bool) -> nn.Module:
+        return ActivationQuantizer(name, first_last_bits if is_edge and first_last_bits else activation_bits)
+
+    quantized = _attach(model, "ptq_static", weight_bits, activation_bits, new_quantizer, first_last_bits)
+    calibrate(quantized, images, observer, percentile)
+    _quantize_weights(quantized, WeightObserver(weight_observer, percentile))
+    return quantized
+
+
+def ptq_dynamic(
+    model: nn.Module,
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    weight_observer: str = "mse",
+    percentile: float = 99.99,
+    first_last_bits: int | None = None,
+) -> QuantizedModel:
+    """Integer weights; activation ranges are each image's own extremes, found at run time. Needs no data."""
+
+    def new_quantizer(name: str, is_edge: bool) -> nn.Module:
+        return DynamicActivationQuantizer(name, first_last_bits if is_edge and first_last_bits else activation_bits)
+
+    quantized = _attach(model, "ptq_dynamic", weight_bits, activation_bits, new_quantizer, first_last_bits)
+    _quantize_weights(quantized, WeightObserver(weight_observer, percentile))
+    return quantized
+
+
+def _attach(model, method, weight_bits, activation_bits, new_quantizer, first_last_bits) -> QuantizedModel:
+    network, placement = prepare(model, weight_bits, new_quantizer, first_last_bits)
+    description = {"method": method, "weight_bits": weight_bits, "activation_bits": activation_bits}
+    return QuantizedModel(network, placement, description).to(device_of(model)).eval()
+
+
+def _quantize_weights(quantized: QuantizedModel, observer: WeightObserver) -> None:
+    for layer in quantized.layers().values():
+        layer.quantize_weights(observer.scales)

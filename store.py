@@ -1,0 +1,403 @@
+"""Artifacts of a study: the row schema, atomic writes, and what is already done.
+
+A results folder can be read while a run writes it and survives kill -9 at any moment, because every file is written
+to a temporary name in the same folder, synced and renamed, and because a cell's record (`cells/<cell>.json`), which
+marks the cell as done, is written last. The CSV and JSON tables are derived from the records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from group_counts import METRICS
+
+SCHEMA_VERSION = 1
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PROCESS.tmp, see atomic_path
+FOLDERS = ("cells", "predictions", "checkpoints", "models")
+PHASES = ("baseline", "quantization", "mitigation", "analysis")
+
+IDENTITY_COLUMNS = (
+    "cell", "phase", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits", "options",
+    "baseline_cell", "status", "error", "n_test",
+)  # fmt: skip
+GROUP_METRIC_COLUMNS = (*METRICS[:3], "worst_group", *METRICS[3:], "groups_left_out")
+COST_COLUMNS = (
+    "size_mb", "compression", "engine", "latency_ms_b1", "latency_ms_b32", "calibration_seconds", "training_seconds",
+)  # fmt: skip
+ROW_COLUMNS = (
+    *IDENTITY_COLUMNS,
+    *GROUP_METRIC_COLUMNS,
+    *(f"{metric}_ci_{end}" for metric in METRICS for end in ("low", "high")),
+    *(f"delta_{metric}" for metric in METRICS),
+    *COST_COLUMNS,
+    *(f"intersectional_{column}" for column in GROUP_METRIC_COLUMNS if column not in ("accuracy", "balanced_accuracy")),
+)
+TIMING_COLUMNS = ("latency_ms_b1", "latency_ms_b32", "calibration_seconds", "training_seconds")
+GROUP_COLUMNS = (
+    "cell", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits", "attribute", "group",
+    "class", "n", "positives", "base_rate", "accuracy", "accuracy_ci_low", "accuracy_ci_high", "selection_rate",
+    "true_positive_rate", "false_positive_rate", "positive_predictive_value", "too_small",
+)  # fmt: skip
+# what numpy and zipfile raise for a truncated, damaged or foreign file
+UNREADABLE_NPZ = (
+    OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+INTERSECTION = "intersection"  # the attribute column of a group of the product of all attributes
+
+
+class StoreError(OSError):
+    """The results folder cannot be used; the message is one line for the person at the keyboard."""
+
+
+class MissingArtifactError(StoreError):
+    """A phase needs a file that an earlier phase makes."""
+
+
+@dataclass(frozen=True)
+class SavedPredictions:
+    """The test split of one cell: y_true (N,), logits (N, K), sensitive {name: (N,)}, index (N,)."""
+
+    y_true: np.ndarray
+    logits: np.ndarray
+    sensitive: dict[str, np.ndarray]
+    index: np.ndarray
+
+    @property
+    def y_pred(self) -> np.ndarray:
+        return self.logits.argmax(axis=1)
+
+
+class Store:
+    """The folder `results_dir`. Opening it refuses a folder of another schema version and changes nothing."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        version = self._schema_version()
+        if version not in (None, SCHEMA_VERSION):
+            raise StoreError(
+                f"{self.root}: written with results schema {version}, this program reads {SCHEMA_VERSION}; "
+                "use another results_dir, or the version of the program that wrote it"
+            )
+
+    # ------------------------------------------------------------------------------------------------------ places
+
+    def record_path(self, cell: str) -> Path:
+        return self.root / "cells" / f"{cell}.json"
+
+    def predictions_path(self, cell: str) -> Path:
+        return self.root / "predictions" / f"{cell}.npz"
+
+    def checkpoint_path(self, dataset: str, model: str, seed: int) -> Path:
+        return self.root / "checkpoints" / f"{dataset}-{model}-s{seed}.safetensors"
+
+    def model_path(self, cell: str) -> Path:
+        return self.root / "models" / f"{cell}.safetensors"
+
+    def results_path(self, phase: str, suffix: str = "csv") -> Path:
+        return self.root / f"{phase}_results.{suffix}"
+
+    @property
+    def analysis(self) -> Path:
+        return self.root / "analysis"
+
+    # ---------------------------------------------------------------------------------------------------- a run's start
+
+    def prepare(self, config_yaml: str) -> None:
+        """Create the folder, remove temporary files of dead runs, and save the resolved config and the environment."""
+        with write_errors(self.root):
+            for name in FOLDERS:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            for name in ("", *FOLDERS, "analysis", "analysis/tables"):
+                for leftover in (self.root / name).glob(".*.tmp"):
+                    process = TEMPORARY.fullmatch(leftover.name)  # None: a file of another program
+                    if process is not None and not _is_alive(int(process[1])):
+                        leftover.unlink(missing_ok=True)
+        write_text(self.root / "config.yaml", config_yaml)
+        write_json(self.root / "environment.json", {"schema_version": SCHEMA_VERSION, **environment()})
+
+    def clear(self, cells: Sequence[str]) -> None:
+        """Forget these cells (--fresh): record first, so that a kill in between leaves nothing that looks done."""
+        with write_errors(self.root):
+            for cell in cells:
+                self.record_path(cell).unlink(missing_ok=True)
+                self.predictions_path(cell).unlink(missing_ok=True)
+                self.model_path(cell).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------------------------ cells
+
+    def record(self, cell: str) -> dict | None:
+        """The record of a cell that ended (done or failed), or None."""
+        path = self.record_path(cell)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if not {"phase", "status"} <= record["row"].keys():
+                raise ValueError("not a record")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: other JSON
+            raise StoreError(f"{path}: cannot be read ({error}); delete it to have the cell computed again") from None
+        return record
+
+    def is_done(self, cell: str) -> bool:
+        record = self.record(cell)
+        return record is not None and record["row"]["status"] == "done" and self.predictions_path(cell).exists()
+
+    def write_cell(self, row: dict, groups: list[dict], extra: dict | None = None) -> None:
+        """Mark a cell as ended. Its predictions and checkpoint must have been written before."""
+        unknown = set(row) - set(ROW_COLUMNS)
+        assert not unknown, f"row columns outside the schema: {sorted(unknown)}"
+        record = {"schema_version": SCHEMA_VERSION, "row": row, "groups": groups, "extra": extra or {}}
+        write_json(self.record_path(row["cell"]), record)
+
+    def write_predictions(self, cell: str, predictions) -> None:
+        arrays = {f"sensitive_{name}": codes for name, codes in predictions.sensitive.items()}
+        buffer = io.BytesIO()
+        _savez_deterministic(
+            buffer, y_true=predictions.y_true, logits=predictions.logits, index=predictions.index, **arrays
+        )
+        write_bytes(self.predictions_path(cell), buffer.getvalue())
+
+    def predictions(self, cell: str) -> SavedPredictions:
+        path = self.predictions_path(cell)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                sensitive = {
+                    name.removeprefix("sensitive_"): arrays[name]
+                    for name in arrays.files
+                    if name.startswith("sensitive_")
+                }
+                saved = SavedPredictions(arrays["y_true"], arrays["logits"], sensitive, arrays["index"])
+        except FileNotFoundError:
+            raise MissingArtifactError(f"{path}: missing; run its phase again to compute it") from None
+        except UNREADABLE_NPZ as error:
+            raise StoreError(f"{path}: not a readable predictions file ({error}); delete it and run again") from None
+        return saved
+
+    # ----------------------------------------------------------------------------------------------------------- tables
+
+    def records(self, phase: str | None = None) -> dict[str, dict]:
+        """Every record in the folder, by cell."""
+        found = {}
+        for path in sorted((self.root / "cells").glob("*.json")):
+            record = self.record(path.stem)
+            if record is not None and (phase is None or record["row"]["phase"] == phase):
+                found[path.stem] = record
+        return found
+
+    def write_tables(self, phase: str, planned: Sequence[str]) -> pd.DataFrame:
+        """`<phase>_results.csv` (and .json), planned cells first and in their order, and `group_results.csv`.
+
+        Rows of cells that the current config does not plan stay in the files, after the planned ones.
+        """
+        rows = ordered_rows(self.records(phase), planned)
+        frame = pd.DataFrame([record["row"] for record in rows], columns=list(ROW_COLUMNS))
+        write_text(self.results_path(phase), frame.to_csv(index=False))
+        if phase != "baseline":
+            write_json(self.results_path(phase, "json"), [_without_missing(record["row"]) for record in rows])
+        return frame
+
+    def write_group_table(self, planned: Sequence[str]) -> None:
+        rows = ordered_rows(self.records(), planned)
+        frame = pd.DataFrame([group for record in rows for group in record["groups"]], columns=list(GROUP_COLUMNS))
+        write_text(self.root / "group_results.csv", frame.to_csv(index=False))
+
+    def read_table(self, phase: str) -> pd.DataFrame:
+        """The rows of a phase as written; MissingArtifactError says which phase makes them."""
+        path = self.results_path(phase)
+        if not path.exists():
+            raise MissingArtifactError(f"{path}: missing; make it with python main.py --phase {phase}")
+        try:
+            return pd.read_csv(path, keep_default_na=False, na_values=[""])
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path}: not a readable results file ({error})") from None
+
+    def read_group_table(self) -> pd.DataFrame:
+        path = self.root / "group_results.csv"
+        if not path.exists():
+            raise MissingArtifactError(f"{path}: missing; make it with python main.py --phase baseline")
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+    def _schema_version(self) -> Any:
+        path = self.root / "environment.json"
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")).get("schema_version", "unknown")
+        except (OSError, ValueError, AttributeError) as error:
+            raise StoreError(f"{path}: cannot be read ({error}); use another results_dir") from None
+
+
+def ordered_rows(records: dict[str, dict], planned: Sequence[str]) -> list[dict]:
+    """Planned cells in planned order, then the others by name."""
+    others = sorted(set(records) - set(planned))
+    return [records[cell] for cell in (*planned, *others) if cell in records]
+
+
+# ----------------------------------------------------------------------------------------------------------- identities
+
+
+def short_hash(value: Any) -> str:
+    """Ten hex digits of the canonical JSON of a value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def seed_for(*names: Any) -> int:
+    """A 63-bit seed from names, never from call order: seed_for(seed, dataset, model, "calibration")."""
+    text = json.dumps([str(name) for name in names])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# -------------------------------------------------------------------------------------------------------- atomic writes
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """An OSError while writing becomes one line that names the place and says that nothing is lost."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror or error}); finished cells are safe: "
+            "free the space or mend the permissions and run the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that is synced and renamed to it at the end, or removed on any failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if os.name == "posix":
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON without NaN: a number that is not finite is null."""
+    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _without_missing(row: dict) -> dict:
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _savez_deterministic(file, **arrays: np.ndarray) -> None:
+    """np.savez_compressed with fixed time stamps, so that the same predictions are the same bytes."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- environment
+
+
+def environment() -> dict:
+    """Versions, hardware and git commit of this run, for environment.json."""
+    packages = {}
+    for name in ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "scikit-learn", "fairlearn", "aif360"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "cuda_device": _cuda_device(),
+        "packages": packages,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: the standard library's answer below
+    return platform.processor()
+
+
+def _cuda_device() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

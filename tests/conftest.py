@@ -1,0 +1,28 @@
+"""What every test shares: two threads, and the folder of real images."""
+
+import os
+
+THREADS = 2
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy and torch are imported
+    os.environ.setdefault(_name, str(THREADS))
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(THREADS)
+
+FAIRFACE_VARIABLE = "BNQ_FAIRFACE_ROOT"
+
+
+@pytest.fixture(scope="session")
+def fairface_root() -> Path:
+    """The folder of FairFace's official layout in BNQ_FAIRFACE_ROOT; skips where unset, fails where it is not there."""
+    value = os.environ.get(FAIRFACE_VARIABLE)
+    if not value:
+        pytest.skip(f"{FAIRFACE_VARIABLE} is not set: no real images")
+    root = Path(value)
+    if not (root / "fairface_label_train.csv").is_file():
+        pytest.fail(f"{FAIRFACE_VARIABLE}={value}, but {root / 'fairface_label_train.csv'} is not there", pytrace=False)
+    return root.resolve()

@@ -1,0 +1,559 @@
+"""Numerics, observers, placement and calibration of the quantizers."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from evaluation import model_size_mb, write_model
+from models import MODELS, build_model
+from quantizers import calibration, numerics, observers
+from quantizers.graph import prepare
+from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, QuantizedLayer, UncalibratedError
+from quantizers.numerics import QuantizationError, affine_parameters, fake_quantize, pack_bits, unpack_bits
+from quantizers.ptq import ptq_dynamic, ptq_static
+
+BITS = range(2, 9)
+
+
+def settled(name: str, size: int = 32) -> nn.Module:
+    """A model whose BatchNorm statistics are those of random images, so that activations have ordinary ranges."""
+    model = build_model(name, 3, size, seed=3)
+    with torch.no_grad():
+        for _ in range(2):
+            model(images(16, size))
+    return model.eval()
+
+
+def images(n: int, size: int = 32) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+# ------------------------------------------------------------------------------------------------------------ numerics
+
+
+@given(bits=st.sampled_from(BITS), low=st.floats(-50, 50), width=st.floats(1e-3, 100), seed=st.integers(0, 999))
+def test_activation_error_is_at_most_half_a_step_inside_the_range(bits, low, width, seed):
+    x = torch.from_numpy(np.random.default_rng(seed).uniform(min(low, 0), max(low + width, 0), 500)).double()
+    scale, zero_point = affine_parameters(torch.tensor(low).double(), torch.tensor(low + width).double(), bits)
+    q = fake_quantize(x, scale, zero_point, 0, 2**bits - 1)
+    # the zero point is an integer: rounding it moves the range by up to half a step at either end
+    assert (q - x).abs().max() <= scale * (1 + 1e-9)
+    inside = (x >= scale * (0 - zero_point)) & (x <= scale * (2**bits - 1 - zero_point))
+    assert (q - x)[inside].abs().max() <= scale / 2 * (1 + 1e-9)
+    assert len(q.unique()) <= 2**bits
+    assert fake_quantize(torch.zeros(1).double(), scale, zero_point, 0, 2**bits - 1) == 0
+
+
+def test_affine_quantization_by_hand():
+    # range [-1, 2] at 2 bits: scale 1, zero point 1, levels -1 0 1 2; ties go to even
+    scale, zero_point = affine_parameters(torch.tensor(-1.0), torch.tensor(2.0), 2)
+    assert (scale.item(), zero_point.item()) == (1.0, 1.0)
+    x = torch.tensor([-9.0, -0.6, 0.5, 1.5, 2.4, 9.0])
+    assert fake_quantize(x, scale, zero_point, 0, 3).tolist() == [-1.0, -1.0, 0.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_minmax_weights_are_off_by_at_most_half_a_scale(bits):
+    w = (
+        torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(bits))
+        * torch.tensor(10.0) ** torch.arange(-3, 3)[:, None, None, None]
+    )
+    scale = observers.WeightObserver("minmax").scales(w, bits, 0, "w")
+    q = numerics.quantize_weight(w, scale, bits, 0)
+    off = (numerics.dequantize_weight(q, scale, 0) - w).abs().amax(dim=(1, 2, 3))
+    assert (off <= scale / 2 * (1 + 1e-4)).all()
+    assert int(q.min()) >= -(2 ** (bits - 1)) and int(q.max()) <= 2 ** (bits - 1) - 1
+
+
+def test_weights_all_zero_stay_zero():
+    for observer in observers.OBSERVERS:
+        scale = observers.WeightObserver(observer).scales(torch.zeros(3, 5), 4, 0, "w")
+        assert torch.isfinite(scale).all() and (scale > 0).all()
+        assert (numerics.quantize_weight(torch.zeros(3, 5), scale, 4, 0) == 0).all()
+
+
+@given(bits=st.sampled_from(BITS), values=st.lists(st.integers(0, 255), max_size=70))
+def test_packing_round_trips_at_b_bits_a_value(bits, values):
+    array = (np.array(values, dtype=np.int64) % 2**bits).astype(np.uint8)
+    packed = pack_bits(array, bits)
+    assert packed.size == -(-len(values) * bits // 8)
+    assert (unpack_bits(packed, bits, array.size) == array).all()
+
+
+def test_packing_by_hand_and_across_chunks(monkeypatch):
+    assert pack_bits(np.array([1, 2, 3]), 4).tolist() == [0x12, 0x30]
+    assert pack_bits(np.array([0b101, 0b011, 0b110]), 3).tolist() == [0b10101111, 0b00000000]
+    monkeypatch.setattr(numerics, "PACK_CHUNK", 16)
+    array = np.arange(1000, dtype=np.int64).astype(np.uint8) % 8
+    assert (unpack_bits(pack_bits(array, 3), 3, 1000) == array).all()
+    with pytest.raises(QuantizationError, match="do not hold"):
+        unpack_bits(np.zeros(3, np.uint8), 4, 100)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -3, 4.0, True, "8"])
+def test_widths_outside_2_to_8_are_refused(bits):
+    with pytest.raises(QuantizationError, match="from 2 to 8"):
+        numerics.check_bits(bits, "bit_width")
+
+
+# ----------------------------------------------------------------------------------------------------------- observers
+
+
+def statistics_of(x: torch.Tensor, batch: int) -> observers.ActivationStatistics:
+    statistics = observers.ActivationStatistics("x")
+    for part in x.split(batch):
+        statistics.observe_extremes(part)
+    for part in x.split(batch):
+        statistics.observe_histogram(part)
+    return statistics
+
+
+def test_statistics_do_not_depend_on_the_batch_size():
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    whole, parts = statistics_of(x, 300), statistics_of(x, 7)
+    assert whole.bounds() == parts.bounds() == (float(x.min()), float(x.max()))
+    assert torch.equal(whole.histogram, parts.histogram)
+    assert whole.histogram.sum() == x.numel()
+
+
+def test_minmax_clips_nothing_and_holds_zero():
+    assert statistics_of(torch.tensor([2.0, 5.0]), 1).range("minmax", 8, 99.0) == (0.0, 5.0)
+    assert statistics_of(torch.tensor([-2.0, -1.0]), 1).range("minmax", 8, 99.0) == (-2.0, 0.0)
+
+
+def test_percentile_leaves_out_the_tails():
+    x = torch.linspace(-1, 1, 100_001)
+    low, high = statistics_of(x, 5000).range("percentile", 8, 90.0)
+    assert low == pytest.approx(-0.8, abs=1e-3) and high == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("kind", ["normal", "relu", "outlier", "skewed"])
+def test_mse_range_beats_minmax_and_a_grid(bits, kind):
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(1))
+    x = {"normal": x, "relu": x.relu(), "outlier": torch.cat([x, torch.tensor([60.0])]), "skewed": x.exp() - 1}[kind]
+    statistics = statistics_of(x, 4096)
+
+    def error(bounds) -> float:
+        scale, zero_point = affine_parameters(torch.tensor(bounds[0]), torch.tensor(bounds[1]), bits)
+        return float((fake_quantize(x, scale, zero_point, 0, 2**bits - 1) - x).square().mean())
+
+    low, high = statistics.bounds()
+    found = error(statistics.range("mse", bits, 99.0))
+    shares = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+    grid = min(error((min(low, 0) * a, max(high, 0) * b)) for a, b in itertools.product(shares, shares))
+    assert found <= error((low, high)) * 1.001
+    assert found <= grid * 1.02
+
+
+def test_entropy_clips_a_lone_outlier_and_keeps_a_uniform_range():
+    x = torch.cat([torch.randn(50_000, generator=torch.Generator().manual_seed(2)).abs(), torch.tensor([100.0])])
+    low, high = statistics_of(x, 8192).range("entropy", 4, 99.0)
+    assert low == 0.0 and 1.0 < high < 20.0
+    _, high = statistics_of(torch.linspace(0, 1, 100_000), 8192).range("entropy", 8, 99.0)
+    assert high > 0.9
+
+
+def test_statistics_that_are_empty_or_not_finite_are_refused_by_name():
+    with pytest.raises(QuantizationError, match="features: no calibration image"):
+        observers.ActivationStatistics("features").bounds()
+    statistics = observers.ActivationStatistics("features")
+    statistics.observe_extremes(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(QuantizationError, match="features: .* not finite"):
+        statistics.bounds()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_mse_weight_scales_beat_minmax_in_every_channel(bits):
+    w = torch.randn(16, 60, generator=torch.Generator().manual_seed(bits)) ** 3
+    error = {}
+    for observer in ("minmax", "mse"):
+        scale = observers.WeightObserver(observer).scales(w, bits, 0, "w")
+        q = numerics.dequantize_weight(numerics.quantize_weight(w, scale, bits, 0), scale, 0)
+        error[observer] = (q - w).square().sum(dim=1)
+    assert (error["mse"] <= error["minmax"] * 1.0001).all()
+    if bits <= 4:
+        assert error["mse"].sum() < 0.9 * error["minmax"].sum()
+
+
+def test_percentile_weights_ignore_the_largest():
+    w = torch.cat([torch.ones(1, 999), torch.full((1, 1), 50.0)], dim=1)
+    scale = observers.WeightObserver("percentile", 99.0).scales(w, 8, 0, "w")
+    assert scale.item() == pytest.approx(1 / 127.5)
+
+
+def test_channels_are_independent():
+    w = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    for observer in observers.OBSERVERS:
+        choose = observers.WeightObserver(observer).scales
+        together = choose(w, 4, 0, "w")
+        alone = torch.cat([choose(w[i : i + 1], 4, 0, "w") for i in range(4)])
+        assert torch.equal(together, alone), observer
+
+
+# ----------------------------------------------------------------------------------------------------------- placement
+
+
+EXPECTED = {  # layers, products, additions, norms folded: by hand from the papers' tables
+    "resnet50": (54, 0, 16, 53),  # 1 + 3 * 16 convolutions + 4 projections + classifier
+    "mobilenet_v2": (53, 0, 10, 52),
+    "squeezenet1_1": (26, 0, 0, 0),  # 1 + 3 * 8 fire + classifier
+    "efficientnet_b0": (82, 0, 9, 49),  # 16 blocks' SE have two convolutions each
+    "vit_small_patch16_224": (50, 24, 24, 0),  # patches + 4 * 12 + head; two products and two additions a block
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_product_and_addition_is_quantized(name):
+    model = settled(name).double()  # so that folding is exact but for float64 rounding
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    network, placement = prepare(model, 8, lambda name, is_edge: nn.Identity())
+    counts = (len(placement.layers), len(placement.matmuls), len(placement.additions), len(placement.folded_norms))
+    assert counts == EXPECTED[name]
+    assert not placement.opaque and not placement.float_layers
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    # folding and writing attention out change the function by rounding only
+    with torch.no_grad():
+        reference, prepared = model(images(4).double()), network(images(4).double())
+    assert (reference - prepared).abs().max() <= 1e-9 * reference.abs().max()
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_and_product_reads_quantized_values(name):
+    """Walk the graph: each operand of a layer, product or residual addition comes out of a quantizer."""
+    network, placement = prepare(settled(name), 8, lambda name, is_edge: ActivationQuantizer(name, 8))
+    modules = dict(network.named_modules())
+    checked = 0
+    for node in network.graph.nodes:
+        if isinstance(modules.get(node.target), QuantizedLayer):
+            operands = node.args[:1]
+        elif node.name in placement.matmuls or node.name in placement.additions:
+            operands = node.args[:2]
+        else:
+            continue
+        assert all(isinstance(modules.get(operand.target), ActivationQuantizer) for operand in operands), node
+        checked += 1
+    assert checked == sum(EXPECTED[name][:3])
+
+
+class Attention(nn.Module):
+    """Fused attention as users write it, with an optional mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x, mask=None):
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if mask is not None:
+            q = q * mask
+        return self.out(F.scaled_dot_product_attention(q, k, v)).mean(1)
+
+
+def test_fused_attention_is_written_out():
+    model = Attention().eval()
+    x = torch.randn(3, 8, 4, 4)
+    network, placement = prepare(model, 8, lambda name, is_edge: nn.Identity())
+    assert len(placement.matmuls) == 2 and len(placement.layers) == 2
+    torch.testing.assert_close(network(x), model(x))
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else -self.conv(x)
+
+
+def test_an_untraceable_submodule_is_named_and_its_layers_are_quantized():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), DataDependent(), nn.Flatten(), nn.LazyLinear(2)).eval()
+    x = images(8, 8)
+    model(x)
+    quantized = ptq_static(model, x, weight_bits=8, activation_bits=8, observer="minmax")
+    assert list(quantized.placement.opaque) == ["1"] and "TraceError" in quantized.placement.opaque["1"]
+    assert sorted(quantized.placement.layers) == ["0", "1.conv", "3"]
+    assert (quantized(x) - model(x)).norm() < 0.05 * model(x).norm()
+    assert (quantized(-x) - model(-x)).norm() < 0.05 * model(-x).norm()  # the control flow still runs
+
+
+def test_a_model_whose_own_forward_cannot_be_traced():
+    model = DataDependent().eval()
+    x = torch.randn(4, 4, 6, 6)
+    quantized = ptq_dynamic(model, weight_bits=8, activation_bits=8)
+    assert list(quantized.placement.opaque) == ["model"]
+    assert (quantized(x) - model(x)).norm() < 0.05 * model(x).norm()
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(QuantizationError, match="no convolution or linear layer"):
+        prepare(nn.Sequential(nn.ReLU()), 8, lambda name, is_edge: nn.Identity())
+
+
+class Preactivation(nn.Module):
+    """BatchNorm that cannot be folded: before the convolution, and after one whose output is read twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.norm2 = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.conv(F.relu(self.norm(x)))
+        return (self.norm2(y) + y).mean((2, 3))
+
+
+def test_only_norms_that_can_be_folded_are():
+    model = Preactivation()
+    model(images(32, 8) * 3 + 1)
+    model.eval()
+    network, placement = prepare(model, 8, lambda name, is_edge: nn.Identity())
+    assert placement.folded_norms == []
+    torch.testing.assert_close(network(images(4, 8)), model(images(4, 8)))
+
+
+def test_first_and_last_layers_can_be_wider():
+    quantized = ptq_dynamic(settled("mobilenet_v2"), weight_bits=3, activation_bits=3, first_last_bits=8)
+    bits = {name: layer.bits for name, layer in quantized.layers().items()}
+    assert [name for name, width in bits.items() if width == 8] == ["features.0.0", "classifier.1"]
+    assert sum(q.bits == 8 for q in quantized.activation_quantizers().values()) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------- ptq
+
+
+def recorded(quantized, x) -> dict[str, torch.Tensor]:
+    """What leaves each activation quantizer."""
+    seen, hooks = {}, []
+    for name, module in quantized.activation_quantizers().items():
+        hooks.append(module.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out.detach())))
+    try:
+        with torch.no_grad():
+            quantized(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 4), (2, 2), (4, 8), (3, 5)])
+def test_widths_are_real_and_the_model_is_untouched(name, weight_bits, activation_bits):
+    model = settled(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    was_training = [module.training for module in model.modules()]
+    x = images(8)
+    quantized = ptq_static(
+        model, x, weight_bits=weight_bits, activation_bits=activation_bits, observer="minmax", weight_observer="minmax"
+    )
+    for layer in quantized.layers().values():
+        weight = layer.layer.weight.detach().movedim(layer.axis, 0).flatten(1)
+        assert max(len(channel.unique()) for channel in weight) <= 2**weight_bits
+        torch.testing.assert_close(
+            layer.layer.weight.detach(),
+            numerics.dequantize_weight(layer.weight_integer, layer.weight_scale, layer.axis),
+            rtol=0,
+            atol=0,
+        )
+    seen = recorded(quantized, x)
+    assert len(seen) == len(quantized.placement.activation_quantizers)
+    for tensor in seen.values():
+        assert len(tensor.unique()) <= 2**activation_bits
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == was_training
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_more_bits_are_nearer_to_fp32(name):
+    model, x = settled(name), images(48)
+    with torch.no_grad():
+        reference = model(x)
+        error = {
+            bits: float((ptq_static(model, x, weight_bits=bits, activation_bits=bits)(x) - reference).norm())
+            for bits in (8, 6, 4)
+        }
+    assert error[8] < error[6] < error[4]
+    assert error[8] < 0.2 * float(reference.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dynamic_predictions_do_not_depend_on_the_batch(name):
+    """In float64, where a sum in another order does not cross a rounding threshold."""
+    quantized = ptq_dynamic(settled(name), weight_bits=8, activation_bits=4).double()
+    x = images(6).double()
+    x[3] *= 40  # an image with a far wider range beside the others
+    with torch.no_grad():
+        together = quantized(x)
+        alone = torch.cat([quantized(x[i : i + 1]) for i in range(len(x))])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_dynamic_activations_have_at_most_16_levels_an_image():
+    quantized = ptq_dynamic(settled("squeezenet1_1"), weight_bits=4, activation_bits=4)
+    for tensor in recorded(quantized, images(5)).values():
+        assert all(len(image.unique()) <= 16 for image in tensor)
+
+
+def test_dynamic_quantizer_by_hand():
+    x = torch.tensor([[-1.0, 0.4, 2.0], [0.0, 10.0, 30.0]])
+    # image 1: scale 1, levels -1 0 1 2; image 2: scale 10, levels 0 10 20 30
+    assert DynamicActivationQuantizer("x", 2)(x).tolist() == [[-1.0, 0.0, 2.0], [0.0, 10.0, 30.0]]
+
+
+def test_an_uncalibrated_quantizer_is_an_error_and_calibration_is_state():
+    quantizer = ActivationQuantizer("conv1", 8)
+    assert torch.isnan(quantizer.scale)
+    with pytest.raises(UncalibratedError, match="conv1"):
+        quantizer(torch.ones(2))
+    quantizer.set_range(0.0, 1.0)
+    other = ActivationQuantizer("conv1", 8)
+    other.load_state_dict(quantizer.state_dict())
+    x = torch.rand(50)
+    assert torch.equal(other(x), quantizer(x)) and not torch.equal(other(x), x)
+
+
+def test_state_dict_round_trips_and_refuses_uncalibrated_again():
+    model, x = settled("squeezenet1_1"), images(8)
+    first = ptq_static(model, x, weight_bits=4, activation_bits=4)
+    second = ptq_static(model, x * 2, weight_bits=4, activation_bits=4)
+    assert not torch.equal(first(x), second(x))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x), second(x))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "vit_small_patch16_224"])
+@pytest.mark.parametrize("bits", [8, 5, 4, 2])
+def test_the_packed_file_holds_the_model(name, bits, tmp_path):
+    from safetensors.torch import load_file
+
+    model, x = settled(name), images(6)
+    quantized = ptq_static(model, x, weight_bits=bits, activation_bits=8, observer="minmax", weight_observer="minmax")
+    size = write_model(quantized, tmp_path / "model.safetensors")
+    assert size == (tmp_path / "model.safetensors").stat().st_size / 1e6 == model_size_mb(quantized)
+    weights = sum(layer.layer.weight.numel() for layer in quantized.layers().values())
+    rest = sum(p.numel() for p in model.parameters()) - weights
+    # b bits a weight; the rest, scales and a header in float32
+    assert weights * bits / 8 < size * 1e6 < weights * bits / 8 + 4 * rest + 350_000
+    other = ptq_static(
+        build_model(name, 3, 32, seed=9).eval(), x, weight_bits=bits, activation_bits=8, observer="minmax"
+    )
+    other.load_packed(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(other(x), quantized(x))
+
+
+def test_a_packed_file_of_another_model_is_refused():
+    x = images(4)
+    one = ptq_dynamic(settled("squeezenet1_1"), weight_bits=4, activation_bits=4)
+    two = ptq_dynamic(settled("mobilenet_v2"), weight_bits=4, activation_bits=4)
+    with pytest.raises(QuantizationError, match="another model"):
+        two.load_packed(one.packed_tensors())
+    wider = ptq_dynamic(settled("squeezenet1_1"), weight_bits=8, activation_bits=4)
+    before = wider(x)
+    with pytest.raises(QuantizationError, match="do not hold"):
+        wider.load_packed(one.packed_tensors())
+    assert torch.equal(wider(x), before)
+
+
+def test_observers_give_different_models():
+    model, x = settled("mobilenet_v2"), images(32)
+    outputs = [ptq_static(model, x, weight_bits=4, activation_bits=4, observer=o)(x) for o in observers.OBSERVERS]
+    for one, other in itertools.combinations(outputs, 2):
+        assert not torch.equal(one, other)
+
+
+def test_calibration_images_matter_and_their_batching_does_not(monkeypatch):
+    model, x = settled("squeezenet1_1"), images(40)
+
+    def ranges(sample):
+        quantized = ptq_static(model, sample, weight_bits=8, activation_bits=8)
+        return torch.stack([q.scale for q in quantized.activation_quantizers().values()])
+
+    whole = ranges(x)
+    assert not torch.allclose(whole, ranges(3 * x))
+    monkeypatch.setattr(calibration, "CALIBRATION_BATCH", 7)
+    torch.testing.assert_close(whole, ranges(x), rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- calibration images
+
+
+def loader_of(groups: dict[int, int], batch: int = 16):
+    """Batches of 1x2x2 images whose pixels are their own number; attribute group as counted."""
+    codes = torch.repeat_interleave(torch.tensor(list(groups)), torch.tensor(list(groups.values())))
+    codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
+    values = torch.arange(len(codes)).float()[:, None, None, None].expand(-1, 1, 2, 2)
+    zeros = torch.zeros(len(codes), dtype=torch.long)
+    return codes, [
+        {"image": values[i : i + batch], "label": zeros[i : i + batch], "sensitive": {"group": codes[i : i + batch]}}
+        for i in range(0, len(codes), batch)
+    ]
+
+
+@settings(deadline=None)
+@given(counts=st.lists(st.integers(1, 90), min_size=1, max_size=5), samples=st.integers(5, 60), seed=st.integers(0, 99))
+def test_balanced_images_are_balanced(counts, samples, seed):
+    codes, loader = loader_of(dict(enumerate(counts)))
+    chosen, distinct = calibration.gather_balanced_images(loader, samples, np.random.default_rng(seed))
+    drawn = np.bincount(codes[chosen[:, 0, 0, 0].long()], minlength=len(counts))
+    assert len(chosen) == samples and drawn.max() - drawn.min() <= 1
+    for group, count in enumerate(counts):
+        assert distinct[(group,)] == min(count, drawn[group])
+        assert len(set(chosen[codes[chosen[:, 0, 0, 0].long()] == group][:, 0, 0, 0].tolist())) == distinct[(group,)]
+
+
+def test_balanced_images_are_a_fair_sample_of_their_group():
+    """Every image of a group is as likely as another, wherever it stands in the loader."""
+    codes, loader = loader_of({0: 60, 1: 20})
+    hits = np.zeros(80)
+    for seed in range(600):
+        chosen, _ = calibration.gather_balanced_images(loader, 20, np.random.default_rng(seed))
+        hits[chosen[:, 0, 0, 0].long().numpy()] += 1
+    for group, share in ((0, 10 / 60), (1, 10 / 20)):
+        rate = hits[codes.numpy() == group] / 600
+        # +-4.5 standard errors of a binomial share
+        assert np.abs(rate - share).max() < 4.5 * np.sqrt(share * (1 - share) / 600)
+
+
+def test_calibration_data_without_attributes_or_images_is_refused():
+    generator = np.random.default_rng(0)
+    plain = [(torch.zeros(2, 3, 4, 4), torch.zeros(2))]
+    with pytest.raises(QuantizationError, match="no sensitive attribute"):
+        calibration.gather_balanced_images(plain, 4, generator)
+    _, loader = loader_of({0: 3, 1: 3})
+    with pytest.raises(QuantizationError, match=r"'race' \(it has: group\)"):
+        calibration.gather_balanced_images(loader, 4, generator, ["race"])
+    with pytest.raises(QuantizationError, match="cannot hold 2 groups"):
+        calibration.gather_balanced_images(loader, 1, generator)
+    for gather in (
+        lambda: calibration.gather_images([], 8),
+        lambda: calibration.gather_balanced_images([], 8, generator),
+    ):
+        with pytest.raises(QuantizationError, match="empty"):
+            gather()
+    assert len(calibration.gather_images(loader, 4)) == 4
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", MODELS)
+def test_cuda_gives_what_the_cpu_gives(name):
+    model, x = settled(name), images(16)
+    on_cpu = ptq_static(model, x, weight_bits=8, activation_bits=8)
+    on_gpu = ptq_static(model.cuda(), x, weight_bits=8, activation_bits=8)
+    for one, other in zip(on_cpu.layers().values(), on_gpu.layers().values(), strict=True):
+        assert (one.weight_integer == other.weight_integer.cpu()).float().mean() > 0.999
+    reference, result = on_cpu(x), on_gpu(x.cuda()).cpu()
+    assert (reference - result).norm() < 0.05 * reference.norm()
+    dynamic = ptq_dynamic(model, weight_bits=8, activation_bits=8)
+    assert (dynamic(x.cuda()).cpu() - ptq_dynamic(model.cpu(), weight_bits=8, activation_bits=8)(x)).norm() < (
+        0.05 * reference.norm()
+    )
