@@ -84,7 +84,7 @@ class Synthetic(DatasetSection):
     target: Literal["smile", "gender", "age", "skin"] = "smile"
     sensitive: list[Literal["smile", "gender", "age", "skin"]] = Field(default=["gender", "skin"], min_length=1)
     image_size: Annotated[int, Field(ge=32, le=512)] = 32
-    train_images: PositiveInt = 6000
+    train_images: PositiveInt = 3000
     validation_images: PositiveInt = 1000
     test_images: PositiveInt = 2000
     seed: NonNegativeInt = 0
@@ -150,6 +150,12 @@ class TrainingOverrides(Section):
     max_train: PositiveInt | None = None
 
 
+PER_MODEL: dict[str, dict[str, Any]] = {
+    "squeezenet1_1": {"learning_rate": 5e-4},  # from scratch it dies at ordinary learning rates
+    "vit_small_patch16_224": {"learning_rate": 5e-4},
+}
+
+
 class Training(Section):
     epochs: PositiveInt = 6
     batch_size: PositiveInt = 64
@@ -164,11 +170,16 @@ class Training(Section):
     flip: bool = True  # augmentation: mirror half of the images
     shift: NonNegativeInt = 0  # augmentation: shift by up to so many pixels
     brightness: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # augmentation: scale the pixels by 1 ± so much
-    per_model: dict[str, TrainingOverrides] = {
-        "resnet50": TrainingOverrides(epochs=4),
-        "squeezenet1_1": TrainingOverrides(epochs=10, learning_rate=5e-4),
-        "vit_small_patch16_224": TrainingOverrides(epochs=5, learning_rate=5e-4, max_train=4000),
+    per_model: dict[str, TrainingOverrides] = {  # merged, key by key, with what a file or --set gives
+        name: TrainingOverrides(**keys) for name, keys in PER_MODEL.items()
     }
+
+    @pydantic.field_validator("per_model", mode="before")
+    @classmethod
+    def _merged(cls, value):
+        if not isinstance(value, dict) or not all(isinstance(keys, dict) for keys in value.values()):
+            return value
+        return {name: {**PER_MODEL.get(name, {}), **value.get(name, {})} for name in {**PER_MODEL, **value}}
 
     def for_model(self, architecture: str) -> Training:
         """The settings of one architecture: its entry in `per_model` over the common ones."""

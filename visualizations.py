@@ -509,6 +509,50 @@ def fairness_vs_bits(rows: pd.DataFrame, metric: str = "equalized_odds_differenc
 # ------------------------------------------------------------------------------------------------------ the Pareto set
 
 
+def method_comparison(table: pd.DataFrame) -> Figure:
+    """What `compare_quantization_methods` measured: a panel a metric, a row a method, a mark a sensitive attribute."""
+    if table.empty:
+        return _nothing("no method was compared")
+    import seaborn  # takes a second; only this figure draws with it
+
+    panels = {
+        "accuracy": "Accuracy",
+        "worst_group_accuracy": "Worst-group accuracy",
+        "equalized_odds_difference": "Equalized odds difference",
+        "model_size_mb": "Size (MB)",
+    }
+    methods = list(dict.fromkeys(table["method"]))
+    attributes = list(dict.fromkeys(table["sensitive_attribute"]))
+    figure = _figure(WIDTH, 0.9 + 0.26 * len(methods))
+    shown = table.assign(
+        sensitive_attribute=table["sensitive_attribute"].map(_plain), method=table["method"].map(_plain)
+    )
+    for axes, (column, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        seaborn.stripplot(
+            data=shown,
+            x=column,
+            y="method",
+            hue="sensitive_attribute",
+            order=[_plain(method) for method in methods],
+            palette=list(itertools.islice(_cycle(COLOURS), len(attributes))),
+            dodge=len(attributes) > 1,
+            jitter=False,
+            size=5,
+            legend=False,
+            ax=axes,
+        )
+        axes.set(xlabel=title, ylabel="")
+        axes.xaxis.label.set_size(FONT)
+        _clean(axes, "both")
+    marks = zip(attributes, _cycle(COLOURS), strict=False)
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=colour, label=_plain(attribute)) for attribute, colour in marks
+    ]
+    _title(figure, f"{len(methods)} methods, {table['n'].iloc[0]} test images; groups of each sensitive attribute")
+    _legend(figure, handles)
+    return figure
+
+
 def pareto_mask(values: np.ndarray, maximize: Sequence[bool]) -> np.ndarray:
     """Which of the (N, D) points no other point dominates: as good in every column and better in one.
 
@@ -649,6 +693,7 @@ __all__ = [
     "accuracy_heatmap",
     "fairness_vs_bits",
     "hypothesis_validation",
+    "method_comparison",
     "mitigation_comparison",
     "pareto_frontier",
     "pareto_mask",

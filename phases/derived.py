@@ -14,7 +14,7 @@ from torch import nn
 from config import Config
 from datasets import BatchLoader, FaceDataset, calibration_subset
 from evaluation import predict
-from models import build_model, checkpoint_description, load_checkpoint
+from models import build_model, checkpoint_description, checkpoint_matches, load_checkpoint
 from phases.baseline import DatasetCache, cost_columns, names_of, test_loader
 from phases.measure import measure, refresh_metrics
 from phases.plan import Cell, plan
@@ -117,8 +117,9 @@ def _is_needed(baseline: Cell, cells: list[Cell], store: Store) -> bool:
 
 def _check_baselines(baselines: list[Cell], store: Store) -> None:
     for cell in baselines:
-        if store.record(cell.id) is None:
-            path = store.checkpoint_path(cell.dataset, cell.model, cell.seed)
+        record = store.record(cell.id)
+        path = store.checkpoint_path(cell.dataset, cell.model, cell.seed)
+        if record is None or (record["row"]["status"] == "done" and not checkpoint_matches(path, cell.id)):
             raise MissingArtifactError(
                 f"{path}: not trained yet with this configuration; make it with python main.py --phase baseline"
             )

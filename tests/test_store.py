@@ -34,19 +34,27 @@ from store import (
 
 ROOT = Path(__file__).parent.parent
 
-DESIGN_METRICS = (
-    "accuracy balanced_accuracy worst_group_accuracy accuracy_gap demographic_parity_difference disparate_impact "
-    "equalized_odds_difference equalized_odds_mean equal_opportunity_difference predictive_equality_difference "
-    "predictive_parity_difference"
-).split()
+DESIGN_METRICS = [
+    "accuracy",
+    "balanced_accuracy",
+    "worst_group_accuracy",
+    "accuracy_gap",
+    "demographic_parity_difference",
+    "disparate_impact",
+    "equalized_odds_difference",
+    "equalized_odds_mean",
+    "equal_opportunity_difference",
+    "predictive_equality_difference",
+    "predictive_parity_difference",
+]
 DESIGN_COLUMNS = [
-    *"cell phase dataset model seed method strategy weight_bits activation_bits options".split(),
-    *"baseline_cell status error n_test".split(),
+    *["cell", "phase", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits", "options"],
+    *["baseline_cell", "status", "error", "n_test"],
     *DESIGN_METRICS,
     *("worst_group", "groups_left_out"),
     *(f"{metric}_ci_{end}" for metric in DESIGN_METRICS for end in ("low", "high")),
     *(f"delta_{metric}" for metric in DESIGN_METRICS),
-    *"size_mb compression engine latency_ms_b1 latency_ms_b32 calibration_seconds training_seconds".split(),
+    *["size_mb", "compression", "engine", "latency_ms_b1", "latency_ms_b32", "calibration_seconds", "training_seconds"],
 ]
 
 
@@ -347,9 +355,9 @@ def test_tables_are_the_same_bytes_whatever_the_order_of_computing(store, tmp_pa
 
 
 def test_a_missing_or_damaged_table_says_which_phase_makes_it(store):
-    with pytest.raises(MissingArtifactError, match="python main.py --phase mitigation"):
+    with pytest.raises(MissingArtifactError, match=r"python main\.py --phase mitigation"):
         store.read_table("mitigation")
-    with pytest.raises(MissingArtifactError, match="python main.py --phase baseline"):
+    with pytest.raises(MissingArtifactError, match=r"python main\.py --phase baseline"):
         store.read_group_table()
     store.results_path("mitigation").write_bytes(b"")
     with pytest.raises(StoreError, match="not a readable results file"):

@@ -1,0 +1,113 @@
+"""Which cells a configuration plans, and what their ids depend on."""
+
+import json
+
+import pytest
+
+from config import load_config
+from phases.plan import plan
+from store import ROW_COLUMNS
+
+
+def planned(*overrides: str):
+    return plan(load_config(None, overrides))
+
+
+def ids(cells) -> list[str]:
+    return [cell.id for cell in cells]
+
+
+def test_the_default_sweep():
+    cells = planned()
+    assert {phase: len(block) for phase, block in cells.items()} == {
+        "baseline": 5,
+        "quantization": 5 * (4 + 4 + 2 * 3),  # static and dynamic at 8, 4, 2, W4A8; three more observers at 8 and 4
+        "mitigation": 5 * 4,
+    }
+    everything = [cell for block in cells.values() for cell in block]
+    assert len(set(ids(everything))) == len(everything)
+    assert {cell.options.get("observer") for cell in cells["quantization"] if cell.method == "ptq_static"} == {
+        "mse",
+        "minmax",
+        "percentile",
+        "entropy",
+    }
+    for cell in everything:
+        assert set(cell.identity()) <= set(ROW_COLUMNS)
+        assert cell.id.startswith(f"{cell.dataset}-{cell.model}-s{cell.seed}-")
+        assert json.loads(cell.options_text or "{}") == cell.options
+    baselines = set(ids(cells["baseline"]))
+    assert all(cell.baseline_cell in baselines for cell in cells["quantization"] + cells["mitigation"])
+
+
+def test_shorthands_and_entries():
+    methods = "quantization.methods=[PTQ_INT8, PTQ_W4A8, dynamic, {method: ptq_static, bit_widths: 3, first_last_bits: 8}]"
+    cells = planned("models.architectures=resnet50", "quantization.bit_widths=[6]", methods)["quantization"]
+    assert [(c.method, c.weight_bits, c.activation_bits) for c in cells] == [
+        ("ptq_static", 8, 8),
+        ("ptq_static", 4, 8),
+        ("ptq_dynamic", 6, 6),
+        ("ptq_static", 3, 3),
+    ]
+    assert [cell.options.get("first_last_bits") for cell in cells] == [None, None, None, 8]
+
+
+def test_a_cell_planned_twice_is_there_once():
+    cells = planned("models.architectures=resnet50", "quantization.methods=[PTQ_INT8, ptq_static]")["quantization"]
+    assert [cell.weight_bits for cell in cells] == [8, 4, 2, 4] and cells[3].activation_bits == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "training.epochs=7",
+        "training.per_model.resnet50.epochs=9",
+        "training.brightness=0.1",
+        "data.synthetic.group_noise=0.2",
+        "data.synthetic.sensitive=[skin]",
+        "data.synthetic.image_size=64",
+        "run.threads_per_cell=1",
+        "run.seeds=[1]",
+        "models.weights={resnet50: mine.pt}",
+        "models.options={resnet50: {zero_init_residual: true}}",
+    ],
+)
+def test_what_changes_the_training_changes_every_id(change):
+    one, other = planned("models.architectures=resnet50"), planned("models.architectures=resnet50", change)
+    for phase in one:
+        assert not set(ids(one[phase])) & set(ids(other[phase])), phase
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        "training.per_model.mobilenet_v2.epochs=9",
+        "data.fairface.image_size=96",
+        "data.synthetic.root=elsewhere",
+        "data.cache=elsewhere",
+        "data.min_group_size=7",
+        "analysis.attribute=skin",
+        "analysis.bootstrap_replicates=500",
+        "deployment.latency=false",
+        "results_dir=elsewhere",
+        "run.evaluation_batch_size=7",
+    ],
+)
+def test_what_does_not_determine_predictions_keeps_every_id(same):
+    one, other = planned("models.architectures=resnet50"), planned("models.architectures=resnet50", same)
+    assert {phase: ids(cells) for phase, cells in one.items()} == {phase: ids(cells) for phase, cells in other.items()}
+
+
+def test_a_method_setting_changes_only_its_cells():
+    one = planned("models.architectures=resnet50")
+    other = planned("models.architectures=resnet50", "quantization.ptq_dynamic.weight_observer=minmax")
+    changed = set(ids(one["quantization"])) ^ set(ids(other["quantization"]))
+    assert changed and all("ptq_dynamic" in cell for cell in changed)
+    assert ids(one["baseline"]) == ids(other["baseline"]) and ids(one["mitigation"]) == ids(other["mitigation"])
+
+
+def test_a_percentile_counts_only_where_it_is_read():
+    one = planned("models.architectures=resnet50")["quantization"]
+    other = planned("models.architectures=resnet50", "quantization.ptq_static.percentile=99.5")["quantization"]
+    changed = set(ids(one)) ^ set(ids(other))
+    assert len(changed) == 4 and all("percentile" in cell for cell in changed)

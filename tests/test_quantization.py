@@ -1,0 +1,206 @@
+"""The public API: apply_quantization and compare_quantization_methods, for a user's own model and loader."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from fairness_metrics import compute_fairness_metrics
+from quantization import METHODS, QuantizationError, apply_quantization, compare_quantization_methods
+
+
+class UsersModel(nn.Module):
+    """A plain nn.Module of nobody's library, for 20-pixel images."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU6()
+        )
+        self.shortcut = nn.Conv2d(12, 12, 1)
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = self.features(x)
+        x = x + self.shortcut(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = UsersModel()
+    for _ in range(3):
+        model(torch.randn(64, 3, 20, 20))
+    return model.eval()
+
+
+@pytest.fixture
+def loader() -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for n in (32, 32, 17):
+        image = torch.randn(n, 3, 20, 20, generator=generator)
+        sensitive = {
+            "gender": torch.randint(0, 2, (n,), generator=generator),
+            "age": torch.randint(0, 3, (n,), generator=generator),
+        }
+        batches.append({"image": image, "label": torch.randint(0, 2, (n,), generator=generator), "sensitive": sensitive})
+    return batches
+
+
+def logits(model, loader) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(batch["image"]) for batch in loader])
+
+
+@pytest.mark.parametrize("method", [*METHODS, "PTQ_INT8", "PTQ_INT4", "PTQ_INT2", "PTQ_W4A8", "dynamic", "bias_aware"])
+def test_every_method_quantizes_a_copy(method, model, loader):
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    reference = logits(model, loader)
+    quantized = apply_quantization(model, method, calibration_data=loader)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert torch.equal(logits(model, loader), reference) and not model.training
+    result = logits(quantized, loader)
+    assert torch.isfinite(result).all() and not torch.equal(result, reference)
+    bits = quantized.description["weight_bits"]
+    for layer in quantized.layers().values():
+        assert max(len(row.unique()) for row in layer.layer.weight.detach().flatten(1)) <= 2**bits
+
+
+def test_bit_width_means_weights_and_activations_unless_said_otherwise(model, loader):
+    def widths(**arguments):
+        description = apply_quantization(model, calibration_data=loader, **arguments).description
+        return description["weight_bits"], description["activation_bits"]
+
+    assert widths() == (8, 8)
+    assert widths(bit_width=4) == (4, 4)
+    assert widths(bit_width=4, activation_bits=8) == (4, 8)
+    assert widths(method="PTQ_W4A8") == (4, 8)
+    assert widths(method="dynamic", bit_width=3) == (3, 3)
+
+
+def test_options_are_those_of_the_config(model, loader):
+    outputs = [
+        logits(apply_quantization(model, "ptq_static", 3, loader, observer=observer), loader)
+        for observer in ("minmax", "percentile", "mse")
+    ]
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+    few = apply_quantization(model, "ptq_static", 8, loader, observer="minmax", calibration_samples=8)
+    eight = [{**loader[0], "image": loader[0]["image"][:8]}]
+    same = apply_quantization(model, "ptq_static", 8, eight, observer="minmax")
+    assert torch.equal(logits(few, loader), logits(same, loader))
+
+
+def test_tuples_are_accepted_and_give_the_same(model, loader):
+    tuples = [(batch["image"], batch["label"], batch["sensitive"]) for batch in loader]
+    for method in ("ptq_static", "bias_aware_calibration"):
+        one = apply_quantization(model, method, 4, loader)
+        other = apply_quantization(model, method, 4, tuples)
+        assert torch.equal(logits(one, loader), logits(other, loader))
+
+
+def test_bias_aware_calibration_weighs_groups_and_not_their_sizes(model):
+    """A minority with a far wider range sets it only where the groups count the same (percentile observer)."""
+    images = torch.randn(400, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    group = (torch.arange(400) % 100 == 0).long()  # 4 of 400
+    images[group == 1] *= 10
+    loader = [{"image": images, "label": torch.zeros(400).long(), "sensitive": {"group": group}}]
+    options = {"observer": "percentile", "percentile": 95.0, "calibration_samples": 200}
+    plain = apply_quantization(model, "ptq_static", 8, loader, **options)
+    fair = apply_quantization(model, "bias_aware_calibration", 8, loader, **options)
+    assert fair.description["calibration_groups"] == {"(0,)": 100, "(1,)": 4}
+    scale = {name: float(q.scale) for name, q in plain.activation_quantizers().items()}
+    for name, quantizer in fair.activation_quantizers().items():
+        assert float(quantizer.scale) > 2 * scale[name], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "ptq_statik"}, "did you mean ptq_static"),
+        ({"bit_width": 9}, "from 2 to 8"),
+        ({"bit_width": 1}, "from 2 to 8"),
+        ({"activation_bits": 16}, "activation_bits"),
+        ({"observr": "mse"}, "did you mean observer"),
+        ({"observer": "mze"}, "observer"),
+        ({"observer": ["mse", "minmax"]}, "one of them"),
+        ({"calibration_samples": 0}, "calibration_samples"),
+        ({"method": "PTQ_INT4", "bit_width": 8}, "leave out bit_width"),
+        ({"calibration_data": None}, "needs calibration_data"),
+        ({"calibration_data": []}, "empty"),
+        ({"method": "ptq_dynamic", "observer": "mse"}, "no option 'observer'"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(model, loader, arguments, message):
+    with pytest.raises(QuantizationError, match=message) as error:
+        apply_quantization(model, **{"calibration_data": loader, **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_bad_models_and_data_are_named(model, loader):
+    with pytest.raises(QuantizationError, match="no convolution or linear layer"):
+        apply_quantization(nn.Sequential(nn.ReLU(), nn.Flatten()), "ptq_static", 8, loader)
+    broken = [{**loader[0], "image": torch.full_like(loader[0]["image"], torch.nan)}]
+    with pytest.raises(QuantizationError, match="not finite"):
+        apply_quantization(model, "ptq_static", 8, broken)
+    model.head.weight.data[0, 0] = torch.inf
+    with pytest.raises(QuantizationError, match=r"head|mean"):
+        apply_quantization(model, "ptq_dynamic", 8)
+    no_groups = [{**loader[0], "sensitive": {}}]
+    with pytest.raises(QuantizationError, match="no sensitive attribute"):
+        apply_quantization(model, "bias_aware", 8, no_groups)
+
+
+def test_constant_images_and_dead_layers_give_finite_models(model, loader):
+    constant = [{**loader[0], "image": torch.zeros_like(loader[0]["image"])}]
+    assert torch.isfinite(logits(apply_quantization(model, "ptq_static", 4, constant), loader)).all()
+    model.shortcut.weight.data.zero_()
+    model.shortcut.bias.data.zero_()
+    for method in ("ptq_static", "ptq_dynamic"):
+        quantized = apply_quantization(model, method, 4, loader)
+        assert torch.isfinite(logits(quantized, loader)).all()
+        assert (quantized.layers()["shortcut"].weight_integer == 0).all()
+
+
+def test_comparison_measures_what_it_says(model, loader, tmp_path):
+    methods = ["PTQ_INT8", "PTQ_INT4", "dynamic", "bias_aware"]
+    results = compare_quantization_methods(
+        model=model,
+        methods=methods,
+        test_loader=loader,
+        sensitive_attrs=["gender", "age"],
+        calibration_data=loader,
+        observer="minmax",
+    )
+    table = results.table
+    assert table["method"].tolist() == [name for name in ["FP32", *methods] for _ in range(2)]
+    for method, attribute in (("PTQ_INT4", "age"), ("FP32", "gender")):
+        row = table.query("method == @method and sensitive_attribute == @attribute").iloc[0]
+        again = model if method == "FP32" else apply_quantization(model, method, calibration_data=loader, observer="minmax")
+        metrics = compute_fairness_metrics(again, loader, attribute)
+        assert row["accuracy"] == metrics["accuracy"]
+        np.testing.assert_equal(row["equalized_odds_difference"], metrics["equalized_odds"])
+        assert row["model_size_mb"] == metrics["model_size_mb"]
+    results.save_to_csv(tmp_path / "comparison.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "comparison.csv", dtype={"worst_group": str}), table, check_dtype=False)
+    figure = results.plot_comparison(tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").stat().st_size > 5000
+    texts = {text.get_text() for axis in figure.axes for text in axis.get_xticklabels() + axis.get_yticklabels()}
+    assert {"FP32", *methods} <= texts
+
+
+def test_comparison_refuses_before_it_computes(model, loader):
+    def compare(**arguments):
+        return compare_quantization_methods(
+            **{"model": None, "methods": ["PTQ_INT8"], "test_loader": loader, "sensitive_attrs": "gender", **arguments}
+        )
+
+    for arguments, message in (
+        ({"methods": ["PTQ_INT8", "QAT_INT9"]}, "unknown method"),
+        ({"methods": ["PTQ_INT8", "PTQ_INT8"]}, "twice"),
+        ({"observr": "mse"}, "none of the methods has an option"),
+    ):
+        with pytest.raises(QuantizationError, match=message):
+            compare(**arguments)
