@@ -7,6 +7,7 @@ with one line that names the file, the path of the key and the nearest valid cho
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from pathlib import Path
@@ -121,7 +122,7 @@ class Data(Section):
 class Models(Section):
     architectures: list[str] = Field(default=list(MODELS), min_length=1)
     pretrained: bool = False  # ImageNet weights (torchvision, timm); needs the network once
-    weights: dict[str, str] = {}  # architecture -> a checkpoint of yours (.safetensors, .pt); overrides pretrained
+    weights: dict[str, str] = {}  # architecture -> a checkpoint of yours; a file alone is that of the only architecture
     options: dict[str, dict[str, pydantic.JsonValue]] = {}  # architecture -> arguments for its constructor (patch_size)
 
     @pydantic.field_validator("architectures", mode="before")
@@ -133,6 +134,16 @@ class Models(Section):
     @classmethod
     def _no_twins(cls, value):
         return _distinct(value)
+
+    @pydantic.field_validator("weights", mode="before")
+    @classmethod
+    def _of_the_only_architecture(cls, value, info: pydantic.ValidationInfo):
+        architectures = info.data.get("architectures", [])
+        if not isinstance(value, str):
+            return value
+        if len(architectures) != 1:
+            raise ValueError("with several architectures give {architecture: file}, not one file")
+        return {architectures[0]: value}
 
 
 class TrainingOverrides(Section):
@@ -420,14 +431,20 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
         if not isinstance(values, dict):
             raise ConfigError(f"{source}: expected a mapping of sections, got {type(values).__name__}")
         _validate(values, source)
+    steps = [(copy.deepcopy(values), source)]
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {override}: expected KEY=VALUE, such as training.epochs=2")
         value = _parse_yaml(text, f"--set {override}: the value is not valid YAML")
         _assign(values, key.strip().split("."), value, f"--set {override}")
-        _validate(values, f"--set {override}")
-    return _validate(values, source)
+        steps.append((copy.deepcopy(values), f"--set {override}"))
+    try:
+        return _validate(*steps[-1])
+    except ConfigError:
+        for step in steps:  # the order of overrides does not matter; the first that breaks it is named
+            _validate(*step)
+        raise
 
 
 def dump_config(config: Config) -> str:

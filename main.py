@@ -79,6 +79,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
         module = importlib.import_module(f"phases.{phase}")
         if phase == "analysis":
             module.run(config, store, report.step)
+            report.line((store.analysis / "groups.md").read_text(encoding="utf-8"))
         else:
             module.run(config, store, report, device)
             store.write_group_table(everything)

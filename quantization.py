@@ -91,8 +91,8 @@ def apply_quantization(
     """A quantized copy of `model`, in eval mode and on its device.
 
     `method` is a name of METHODS or a shorthand (PTQ_INT8, PTQ_INT4, PTQ_INT2, PTQ_W4A8, dynamic, bias_aware).
-    `bit_width`, 2 to 8 (default 8), is the width of weights and activations, unless `activation_bits` says otherwise for
-    the activations. `calibration_data` is an iterable of batches `{"image": (N, 3, H, W) float, "label": (N,),
+    `bit_width`, 2 to 8 (default 8), is the width of weights and activations, unless `activation_bits` says otherwise
+    for the activations. `calibration_data` is an iterable of batches `{"image": (N, 3, H, W) float, "label": (N,),
     "sensitive": {name: (N,)}}` or of (image, label, sensitive) tuples; images must be normalised as in training.
     `options` are keys of the method's config section, such as observer="percentile" or calibration_samples=256.
 
@@ -190,8 +190,8 @@ def compare_quantization_methods(
     """Measure `model` in FP32 and under each of `methods` on `test_loader`, for each sensitive attribute.
 
     Methods are as in `apply_quantization`; an option is passed to the methods that have it. `test_loader` is iterated
-    once a model. Raises QuantizationError before anything is computed where a method is unknown, or an option is one that
-    none of the methods has.
+    once a model. Raises QuantizationError before anything is computed where a method is unknown, or an option is one
+    that none of the methods has.
     """
     names = {method: _resolve(method, None)[0] for method in methods}
     if len(names) != len(list(methods)):

@@ -16,7 +16,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from result_rows import model_label, with_labels
+from result_rows import main_settings, model_label, with_labels
+from store import INTERSECTION
 
 MISSING = "–"  # how a missing value is shown
 PERCENT_COLUMNS = {
@@ -142,6 +143,42 @@ def best_table(best: pd.DataFrame, level: float) -> pd.DataFrame:
     table["equalized odds diff."] = [number(100 * value, 1) for value in best["equalized_odds_difference"]]
     table["MB"] = [number(value, 3, significant=True) for value in best["size_mb"]]
     return table
+
+
+def group_accuracy(rows: pd.DataFrame, groups: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """(data set, model) -> accuracy in % of all images and of each group of each attribute, a column a setting.
+
+    The columns are FP32, the main plain setting of each width, and what strategies make of it; the mean over seeds. A
+    group without an image has no accuracy. `groups` are the rows of group_results.csv.
+    """
+    rows = with_labels(rows[rows["status"] == "done"])
+    tables = {}
+    for key, block in rows.groupby(["dataset", "model"], sort=False):
+        main = main_settings(block)
+        shown = block[block["setting"].isin(main) | block["strategy"].notna()].sort_values(
+            "setting_order", kind="stable"
+        )
+        of_model = groups[groups["cell"].isin(shown["cell"])].merge(shown[["cell", "setting"]], on="cell")
+        columns: dict[str, dict[tuple[str, str], float]] = {}
+        counts: dict[tuple[str, str], int] = {("all", ""): int(shown["n_test"].iloc[0])}
+        for setting in dict.fromkeys(shown["setting"]):
+            cells = of_model[of_model["setting"] == setting].drop_duplicates(["cell", "attribute", "group"])
+            accuracy = cells.groupby(["attribute", "group"], sort=False)["accuracy"].mean()
+            columns[setting] = {("all", ""): shown.loc[shown["setting"] == setting, "accuracy"].mean(), **accuracy}
+            counts |= cells.groupby(["attribute", "group"], sort=False)["n"].first().astype(int).to_dict()
+        places = [place for place in counts if place[0] != INTERSECTION]
+        table = pd.DataFrame({"attribute": [a for a, _ in places], "group": [g for _, g in places]})
+        table["n"] = [counts[place] for place in places]
+        for setting, values in columns.items():
+            table[_short_setting(setting)] = [number(100 * values.get(place, math.nan), 1) for place in places]
+        tables[key] = table
+    return tables
+
+
+def _short_setting(setting: str) -> str:
+    """'W8A8 static (mse) + balanced calibration' -> 'W8A8 + balanced calibration'."""
+    plain, plus, strategy = setting.partition(" + ")
+    return plain.partition(" ")[0] + plus + strategy
 
 
 def number(value: float, digits: int, sign: bool = False, significant: bool = False) -> str:

@@ -52,8 +52,8 @@ def train(
     """Train `model` in place, where it is, and leave it with the weights of its best epoch, in eval mode.
 
     `train_loader` is iterated once an epoch and must have a length; `loss` defaults to cross entropy with
-    `settings.label_smoothing`. `progress` gets a line and the share done, `on_epoch` each epoch's line of the log. Raises TrainingError where the loss or the
-    validation logits are not finite, ValueError for an empty loader.
+    `settings.label_smoothing`. `progress` gets a line and the share done, `on_epoch` each epoch's line of the log.
+    Raises TrainingError where the loss or the validation logits are not finite, ValueError for an empty loader.
     """
     steps_per_epoch = len(train_loader)
     if steps_per_epoch == 0:

@@ -87,6 +87,7 @@ def analyse(
     write_json(store.analysis / "hypotheses.json", verdicts.to_dict("records"))
 
     tell("figures")
+    all_groups = groups
     groups = groups[groups["cell"].isin(done["cell"])].merge(done[["cell", "options"]], on="cell", how="left")
     shown = [_groups_of(groups, name, config.group_attribute(name)) for name in test_sets]
     figures = {
@@ -117,6 +118,12 @@ def analyse(
     for name, (table, caption) in tables.items():
         write_text(store.analysis / "tables" / f"{name}.tex", report.to_latex(table, caption, f"tab:{name}"))
         write_text(store.analysis / "tables" / f"{name}.csv", report.to_csv(table))
+
+    by_group = [
+        f"{dataset}, {model_label(model)}: accuracy in %, group by group\n\n{report.to_markdown(table)}"
+        for (dataset, model), table in report.group_accuracy(rows, all_groups).items()
+    ]
+    write_text(store.analysis / "groups.md", "\n".join(by_group))
 
     tell("report")
     study = report.Study(

@@ -28,8 +28,8 @@ def metric_settings(config: Config, dataset: str) -> dict[str, Any]:
 def measure(cell: Cell, predictions, names: dict[str, Any], config: Config, baseline_row: dict | None) -> CellResult:
     """Metric columns and group rows of a cell's test predictions.
 
-    `names` is {"classes": […], "sensitive": {attribute: [value names]}}; `baseline_row` the row of the FP32 cell that the
-    delta_ columns are against (None for a baseline).
+    `names` is {"classes": […], "sensitive": {attribute: [value names]}}; `baseline_row` the row of the FP32 cell that
+    the delta_ columns are against (None for a baseline).
     """
     settings = metric_settings(config, cell.dataset)
     sensitive = {name: predictions.sensitive[name] for name in names["sensitive"]}

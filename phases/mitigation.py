@@ -1,4 +1,4 @@
-"""Phase 3: every fairness-aware cell, from the checkpoints; analysis sets it beside plain quantization at the same bits."""
+"""Phase 3: every fairness-aware cell, from the checkpoints; analysis sets it beside plain quantization."""
 
 from __future__ import annotations
 

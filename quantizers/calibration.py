@@ -40,8 +40,9 @@ def gather_balanced_images(
     """`samples` images in which every group of the sensitive `attributes` (None: all) has the same number, ±1.
 
     One pass over the loader; a reservoir sample of each group (Vitter 1985), shrunk as further groups appear, keeps the
-    memory at about `samples` images. A group with fewer images than its share is drawn from with replacement. Returns the
-    images and how many distinct ones each group gave. QuantizationError where the loader carries no sensitive attributes.
+    memory at about `samples` images. A group with fewer images than its share is drawn from with replacement. Returns
+    the images and how many distinct ones each group gave. QuantizationError where the loader carries no sensitive
+    attributes.
     """
     kept: dict[tuple[int, ...], list[torch.Tensor]] = {}
     seen: dict[tuple[int, ...], int] = {}
@@ -90,7 +91,7 @@ def _group_codes(sensitive: Mapping[str, Any], attributes: Sequence[str] | None)
 
 
 def calibrate(model: QuantizedModel, images: torch.Tensor, observer: str, percentile: float) -> None:
-    """Set the range of every static activation quantizer from `images` (n, 3, H, W), with the weights still in float."""
+    """Set the range of every static activation quantizer from `images` (n, 3, H, W); the weights are still float."""
     quantizers = {
         name: quantizer
         for name, quantizer in model.activation_quantizers().items()

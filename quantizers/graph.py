@@ -73,10 +73,10 @@ class Placement:
 def prepare(
     model: nn.Module, weight_bits: int, new_quantizer: NewQuantizer, first_last_bits: int | None = None
 ) -> tuple[nn.Module, Placement]:
-    """A copy of `model`, in eval mode, with quantizers in place and not yet calibrated; the model itself is not changed.
+    """A copy of `model`, in eval mode, with quantizers in place, not yet calibrated; the model is not changed.
 
-    `new_quantizer(name, is_edge)` makes the quantizer of one activation; `is_edge` is true at the input of the first and
-    of the last layer, whose weights get `first_last_bits` where that is given.
+    `new_quantizer(name, is_edge)` makes the quantizer of one activation; `is_edge` is true at the input of the first
+    and of the last layer, whose weights get `first_last_bits` where that is given.
     """
     network, placement = trace(copy.deepcopy(model).eval())
     fold_batch_norms(network, placement)
@@ -206,11 +206,11 @@ def _inverse_root(width: int) -> float:
     return 1.0 / math.sqrt(width)
 
 
-# ------------------------------------------------------------------------------------------------------ batch norm folding
+# -------------------------------------------------------------------------------------------------- batch norm folding
 
 
 def fold_batch_norms(network: fx.GraphModule, placement: Placement) -> None:
-    """Fold each BatchNorm whose only input is a layer that nothing else reads; timm's BatchNormAct keeps its activation.
+    """Fold each BatchNorm that alone reads a layer; of timm's BatchNormAct the activation stays.
 
     w' = w gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta (Jacob et al. 2018, eq. 14).
     """
@@ -267,7 +267,7 @@ def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
-# ------------------------------------------------------------------------------------------------------------- placement
+# ---------------------------------------------------------------------------------------------------------- placement
 
 
 def _insert_quantizers(

@@ -89,7 +89,8 @@ class QuantizedLayer(nn.Module):
     """A convolution or linear layer whose weights are integers, symmetric and per output channel.
 
     `weight_integer` and `weight_scale` are the state; `layer.weight` holds the same values dequantized, made once by
-    `quantize_weights`, so that a forward pass costs what the float one costs. Biases stay in float (int32 in an engine).
+    `quantize_weights`, so that a forward pass costs what the float one costs. Biases stay in float (int32 in an
+    engine).
     """
 
     def __init__(self, name: str, layer: nn.Module, bits: int):

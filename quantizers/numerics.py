@@ -34,7 +34,7 @@ def symmetric_scale(max_abs: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def affine_parameters(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, zero_point) of the range [low, high], widened to hold 0; any shape. A range that is only 0 has scale 1."""
+    """(scale, zero_point) of the range [low, high], widened to hold 0; any shape. The range [0, 0] has scale 1."""
     levels = 2**bits - 1
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = (high - low) / levels
@@ -69,7 +69,7 @@ def along(values_O: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned values < 2^bits, flattened, as uint8: `bits` bits each, most significant first, no padding between them."""
+    """Unsigned values < 2^bits, flattened, as uint8: `bits` bits each, most significant first, without padding."""
     flat = np.ascontiguousarray(values, dtype=np.uint8).reshape(-1)
     assert flat.size == 0 or int(flat.max()) < 2**bits
     if bits == 8:

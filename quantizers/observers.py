@@ -87,7 +87,7 @@ def percentile_range(edges: np.ndarray, counts: np.ndarray, percentile: float) -
 def mse_range(
     centres: np.ndarray, counts: np.ndarray, low: float, high: float, bits: int, candidates: int = 48, rounds: int = 3
 ) -> tuple[float, float]:
-    """The clipping range of the least squared error, by alternating searches of its two ends, each finer than the last."""
+    """The clipping range of the least squared error: its two ends searched in turn, each round finer than the last."""
     seen = counts > 0
     centres, counts = centres[seen], counts[seen]
     best = (low, high)
@@ -124,8 +124,8 @@ def entropy_range(
 ) -> tuple[float, float]:
     """The range [f low, f high] of the least KL(P || Q).
 
-    P is the histogram with the clipped mass moved into the outermost bins kept, Q the histogram inside the range, merged
-    into 2^bits levels and spread evenly over the bins of each level that are not empty (Migacz, GTC 2017).
+    P is the histogram with the clipped mass moved into the outermost bins kept, Q the histogram inside the range,
+    merged into 2^bits levels and spread evenly over the bins of each level that are not empty (Migacz, GTC 2017).
     """
     shift = 2 if len(centres) > ENTROPY_BINS else 1
     counts = counts.reshape(-1, shift).sum(axis=1)
@@ -197,7 +197,7 @@ def _row_percentile(values_OK: torch.Tensor, percentile: float) -> torch.Tensor:
 
 
 def mse_scales(w_OK: torch.Tensor, bits: int) -> torch.Tensor:
-    """The scales of the least squared error, all channels at once: a coarse, then a fine search of the clipping share."""
+    """The scales of the least squared error, all channels at once: a coarse, then a fine search of the clipping."""
     widest = symmetric_scale(w_OK.abs().amax(dim=1), bits)
     best_share = torch.ones_like(widest)
     best_error = torch.full_like(widest, torch.inf)

@@ -41,7 +41,9 @@ def test_the_default_sweep():
 
 
 def test_shorthands_and_entries():
-    methods = "quantization.methods=[PTQ_INT8, PTQ_W4A8, dynamic, {method: ptq_static, bit_widths: 3, first_last_bits: 8}]"
+    methods = (
+        "quantization.methods=[PTQ_INT8, PTQ_W4A8, dynamic, {method: ptq_static, bit_widths: 3, first_last_bits: 8}]"
+    )
     cells = planned("models.architectures=resnet50", "quantization.bit_widths=[6]", methods)["quantization"]
     assert [(c.method, c.weight_bits, c.activation_bits) for c in cells] == [
         ("ptq_static", 8, 8),

@@ -46,7 +46,9 @@ def loader() -> list[dict]:
             "gender": torch.randint(0, 2, (n,), generator=generator),
             "age": torch.randint(0, 3, (n,), generator=generator),
         }
-        batches.append({"image": image, "label": torch.randint(0, 2, (n,), generator=generator), "sensitive": sensitive})
+        batches.append(
+            {"image": image, "label": torch.randint(0, 2, (n,), generator=generator), "sensitive": sensitive}
+        )
     return batches
 
 
@@ -178,13 +180,17 @@ def test_comparison_measures_what_it_says(model, loader, tmp_path):
     assert table["method"].tolist() == [name for name in ["FP32", *methods] for _ in range(2)]
     for method, attribute in (("PTQ_INT4", "age"), ("FP32", "gender")):
         row = table.query("method == @method and sensitive_attribute == @attribute").iloc[0]
-        again = model if method == "FP32" else apply_quantization(model, method, calibration_data=loader, observer="minmax")
+        again = (
+            model if method == "FP32" else apply_quantization(model, method, calibration_data=loader, observer="minmax")
+        )
         metrics = compute_fairness_metrics(again, loader, attribute)
         assert row["accuracy"] == metrics["accuracy"]
         np.testing.assert_equal(row["equalized_odds_difference"], metrics["equalized_odds"])
         assert row["model_size_mb"] == metrics["model_size_mb"]
     results.save_to_csv(tmp_path / "comparison.csv")
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "comparison.csv", dtype={"worst_group": str}), table, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "comparison.csv", dtype={"worst_group": str}), table, check_dtype=False
+    )
     figure = results.plot_comparison(tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").stat().st_size > 5000
     texts = {text.get_text() for axis in figure.axes for text in axis.get_xticklabels() + axis.get_yticklabels()}

@@ -165,7 +165,7 @@ def test_statistics_that_are_empty_or_not_finite_are_refused_by_name():
         observers.ActivationStatistics("features").bounds()
     statistics = observers.ActivationStatistics("features")
     statistics.observe_extremes(torch.tensor([1.0, torch.nan]))
-    with pytest.raises(QuantizationError, match="features: .* not finite"):
+    with pytest.raises(QuantizationError, match=r"features: .* not finite"):
         statistics.bounds()
 
 

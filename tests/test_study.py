@@ -1,4 +1,5 @@
-"""The study from the command line, end to end: artifacts, resume, kill -9, bad input, on data made here and real faces."""
+"""The study from the command line, end to end: artifacts, resume, kill -9, bad input, on data made here and real
+faces."""
 
 import csv
 import json
@@ -65,7 +66,18 @@ def write_config(folder: Path, cache: Path, **changes) -> Path:
 
 def study(config: Path, results: Path, *arguments: str, phase: str = "all") -> int:
     return main.main(
-        ["--phase", phase, "--config", str(config), "--results-dir", str(results), "--device", "cpu", "--quiet", *arguments]
+        [
+            "--phase",
+            phase,
+            "--config",
+            str(config),
+            "--results-dir",
+            str(results),
+            "--device",
+            "cpu",
+            "--quiet",
+            *arguments,
+        ]
     )
 
 
@@ -83,7 +95,9 @@ def tables(results: Path) -> dict[str, str]:
     texts = {}
     for path in sorted([*results.glob("*_results.csv"), results / "training_log.csv"]):
         frame = pd.read_csv(path, keep_default_na=False, dtype=str)
-        texts[path.name] = frame.drop(columns=[c for c in (*TIMING_COLUMNS, "seconds") if c in frame]).to_csv(index=False)
+        texts[path.name] = frame.drop(columns=[c for c in (*TIMING_COLUMNS, "seconds") if c in frame]).to_csv(
+            index=False
+        )
     for path in sorted((results / "predictions").glob("*.npz")):
         texts[path.name] = str(hash(path.read_bytes()))
     for path in sorted((results / "analysis").rglob("*")):
@@ -137,7 +151,9 @@ def test_every_cell_is_there_and_every_column_is_true(finished):
 
 
 def test_sizes_follow_the_bits(finished):
-    rows = pd.read_csv(finished[1] / "quantization_results.csv").query("model == 'test_resnet' and method == 'ptq_static'")
+    rows = pd.read_csv(finished[1] / "quantization_results.csv").query(
+        "model == 'test_resnet' and method == 'ptq_static'"
+    )
     size = rows.set_index(["weight_bits", "activation_bits"])["size_mb"]
     fp32 = pd.read_csv(finished[1] / "baseline_results.csv").query("model == 'test_resnet'")["size_mb"].item()
     weights = sum(p.numel() for p in build_model("test_resnet", 2, 32).parameters() if p.ndim > 1) / 1e6
@@ -215,7 +231,11 @@ def test_another_seed_gives_another_model(finished, tmp_path):
 def test_a_finished_study_is_kept(finished, tmp_path, capsys):
     results = tmp_path / "results"
     shutil.copytree(finished[1], results)
-    stamps = {p: p.stat().st_mtime_ns for folder in ("checkpoints", "cells", "predictions") for p in (results / folder).iterdir()}
+    stamps = {
+        p: p.stat().st_mtime_ns
+        for folder in ("checkpoints", "cells", "predictions")
+        for p in (results / folder).iterdir()
+    }
     before = tables(results)
     assert study(finished[0], results) == 0
     assert "2 of them done before" in capsys.readouterr().out
@@ -231,7 +251,9 @@ def test_an_edited_sweep_computes_only_what_is_new(finished, tmp_path, capsys):
     fresh = [p.name for p in (results / "cells").iterdir() if stamps.get(p.name) != p.stat().st_mtime_ns]
     assert len(fresh) == 6 and all("w3a3" in name for name in fresh)
     rows = pd.read_csv(results / "quantization_results.csv")
-    assert rows["weight_bits"].tolist()[:4] == [8, 3, 8, 3] and set(rows["weight_bits"].tail(4)) == {2}  # left over, last
+    assert rows["weight_bits"].tolist()[:4] == [8, 3, 8, 3] and set(rows["weight_bits"].tail(4)) == {
+        2
+    }  # left over, last
     summary = (results / "analysis" / "summary.md").read_text()
     assert "w2a2" in summary and "left out" in summary
 
@@ -239,7 +261,9 @@ def test_an_edited_sweep_computes_only_what_is_new(finished, tmp_path, capsys):
 def test_metric_settings_need_no_new_predictions(finished, tmp_path):
     results = tmp_path / "results"
     shutil.copytree(finished[1], results)
-    stamps = {p: p.stat().st_mtime_ns for folder in ("checkpoints", "predictions") for p in (results / folder).iterdir()}
+    stamps = {
+        p: p.stat().st_mtime_ns for folder in ("checkpoints", "predictions") for p in (results / folder).iterdir()
+    }
     changes = ("--set", "analysis.attribute=skin", "data.min_group_size=30")
     assert study(finished[0], results, *changes) == 0
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
@@ -437,13 +461,19 @@ def test_changed_data_are_noticed(tmp_path, cache, capsys):
     config, results = fairface_config(tmp_path, cache, root), tmp_path / "r"
     assert study(config, results, phase="baseline") == 0
     labels = root / "fairface_label_val.csv"
-    labels.write_text(labels.read_text().replace("Female", "Xemale").replace("Male", "Female").replace("Xemale", "Male"))
+    labels.write_text(
+        labels.read_text().replace("Female", "Xemale").replace("Male", "Female").replace("Xemale", "Male")
+    )
     capsys.readouterr()
     assert "--fresh" in refused(capsys, config, results, phase="quantization")
     moved = root.rename(tmp_path / "moved")
     labels = moved / "fairface_label_val.csv"
-    labels.write_text(labels.read_text().replace("Female", "Xemale").replace("Male", "Female").replace("Xemale", "Male"))
-    assert study(config, results, "--set", f"data.fairface.root={moved}", phase="quantization") == 0  # moved, not changed
+    labels.write_text(
+        labels.read_text().replace("Female", "Xemale").replace("Male", "Female").replace("Xemale", "Male")
+    )
+    assert (
+        study(config, results, "--set", f"data.fairface.root={moved}", phase="quantization") == 0
+    )  # moved, not changed
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(finished, tmp_path, capsys):
@@ -451,7 +481,12 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(finished, tmp_path, capsys):
     shutil.copytree(finished[1], results)
     path = results / "checkpoints" / "synthetic-test_resnet-s0.safetensors"
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"<html>", (path.parent / "synthetic-test_efficientnet-s0.safetensors").read_bytes()):
+    for damaged in (
+        whole[: len(whole) // 2],
+        b"",
+        b"<html>",
+        (path.parent / "synthetic-test_efficientnet-s0.safetensors").read_bytes(),
+    ):
         path.write_bytes(damaged)
         error = refused(capsys, finished[0], results, "--fresh", phase="quantization")
         assert path.name in error and "--phase baseline" in error
@@ -462,7 +497,12 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(finished, tmp_path, capsys):
 
 def test_a_checkpoint_of_the_users_own(finished, tmp_path, capsys):
     source = finished[1] / "checkpoints" / "synthetic-test_resnet-s0.safetensors"
-    overrides = ("--set", "models.architectures=[test_resnet]", f"models.weights={{test_resnet: {source}}}", "run.seeds=[5]")
+    overrides = (
+        "--set",
+        "models.architectures=[test_resnet]",
+        f"models.weights={{test_resnet: {source}}}",
+        "run.seeds=[5]",
+    )
     assert study(finished[0], tmp_path / "r", *overrides, phase="baseline") == 0
     wrong = ("--set", "models.architectures=[test_efficientnet]", f"models.weights={{test_efficientnet: {source}}}")
     capsys.readouterr()
@@ -499,7 +539,12 @@ def test_a_full_disk_stops_with_one_line_and_loses_nothing(finished, tmp_path):
 
 def test_one_training_loop_reports_and_no_cell_depends_on_another(finished, tmp_path):
     """A cell computed alone equals the same cell within the sweep."""
-    only = ("--set", "models.architectures=[test_efficientnet]", "quantization.methods=[ptq_dynamic]", "quantization.bit_widths=[2]")
+    only = (
+        "--set",
+        "models.architectures=[test_efficientnet]",
+        "quantization.methods=[ptq_dynamic]",
+        "quantization.bit_widths=[2]",
+    )
     assert study(finished[0], tmp_path / "r", *only) == 0
     alone = pd.read_csv(tmp_path / "r" / "quantization_results.csv", dtype=str)
     sweep = pd.read_csv(finished[1] / "quantization_results.csv", dtype=str)
@@ -509,7 +554,8 @@ def test_one_training_loop_reports_and_no_cell_depends_on_another(finished, tmp_
     pd.testing.assert_frame_equal(alone[kept].reset_index(drop=True), row.reset_index(drop=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ real faces
+# ------------------------------------------------------------------------------------------------------------ real
+# faces
 
 
 @pytest.mark.fairface
