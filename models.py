@@ -24,7 +24,7 @@ from store import StoreError, atomic_path
 CHECKPOINT_FORMAT = "beyond-naive-quantization/checkpoint/1"
 CLASSIFIERS = {"resnet50": "fc", "mobilenet_v2": "classifier.1", "squeezenet1_1": "classifier.1"}
 TORCHVISION = tuple(CLASSIFIERS)
-PATCH_SIZES = (16, 8, 4)  # of a ViT: the largest that gives at least 4 x 4 patches
+PATCH_SIZES = (16, 8, 4)  # of a ViT: the largest that gives at least 2 x 2 patches
 
 
 class CheckpointError(ValueError):
@@ -111,9 +111,9 @@ def _timm_model(name: str, n_classes: int, image_size: int, pretrained: bool, op
 
 
 def patch_size_for(image_size: int) -> int:
-    """Pixels a side of a ViT patch: the largest of 16, 8 and 4 that divides the image into at least 4 x 4 patches."""
+    """Pixels a side of a ViT patch: the largest of 16, 8 and 4 that divides the image into at least 2 x 2 patches."""
     for size in PATCH_SIZES:
-        if image_size % size == 0 and image_size // size >= 4:
+        if image_size % size == 0 and image_size // size >= 2:
             return size
     raise ConfigError(f"image_size {image_size}: a vision transformer needs a multiple of {PATCH_SIZES[-1]}")
 

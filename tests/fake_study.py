@@ -19,6 +19,8 @@ def small_config(*overrides: str, models=("resnet50", "mobilenet_v2"), seeds=(0,
         [
             f"models.architectures=[{', '.join(models)}]",
             f"run.seeds=[{', '.join(map(str, seeds))}]",
+            "data.synthetic.target=smile",
+            "data.synthetic.sensitive=[gender, skin]",
             "quantization.methods=[ptq_static]",
             "quantization.bit_widths=[8, 4]",
             "analysis.bootstrap_replicates=300",

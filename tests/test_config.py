@@ -159,12 +159,12 @@ REFUSALS = [  # (YAML, the message after the file's name)
     ("data: {synthetic: {sensitive: []}}", "data.synthetic.sensitive: list should have at least 1 item"),
     ("data: {synthetic: {sensitive: [skin, skin]}}", "data.synthetic.sensitive: 'skin' is there twice"),
     (
-        "data: {synthetic: {sensitive: [gender, smile]}}",
+        "data: {synthetic: {target: smile, sensitive: [gender, smile]}}",
         "data.synthetic.sensitive: the target 'smile' cannot be a sensitive attribute too",
     ),
     (
-        "analysis: {attribute: genders}",
-        "analysis.attribute: 'genders' is not a sensitive attribute of synthetic (did you mean gender?)",
+        "analysis: {attribute: skins}",
+        "analysis.attribute: 'skins' is not a sensitive attribute of synthetic (did you mean skin?)",
     ),
     ("run: {seeds: [0, 0]}", "run.seeds: 0 is there twice"),
     ("run: {seeds: [-1]}", "run.seeds[0]: input should be greater than or equal to 0, got -1"),
@@ -354,7 +354,7 @@ def test_per_model_knows_only_keys_of_training():
 
 
 def test_group_attribute_is_the_first_sensitive_unless_named(tmp_path):
-    text = "data: {dataset: [synthetic, fairface], synthetic: {sensitive: [gender, skin]}, fairface: {target: age}}"
+    text = "data: {dataset: [synthetic, fairface], synthetic: {target: smile, sensitive: [gender, skin]}, fairface: {target: age}}"
     config = load(tmp_path, text, "data.fairface.sensitive=[race, gender]")
     assert (config.group_attribute("synthetic"), config.group_attribute("fairface")) == ("gender", "race")
     config = load(tmp_path, text, "data.fairface.sensitive=[race, gender]", "analysis.attribute=gender")

@@ -438,7 +438,8 @@ SMALL = ["data.synthetic.train_images=60", "data.synthetic.validation_images=20"
 
 def test_synthetic_is_what_the_renderer_draws(load):
     knobs = {"minority_share": 0.2, "label_correlation": 0.4, "group_noise": 0.1, "group_contrast": 0.3}
-    dataset = load("synthetic", *SMALL, "data.synthetic.seed=3", *(f"data.synthetic.{k}={v}" for k, v in knobs.items()))
+    smile = ("data.synthetic.target=smile", "data.synthetic.sensitive=[gender, skin]", "data.synthetic.seed=3")
+    dataset = load("synthetic", *SMALL, *smile, *(f"data.synthetic.{k}={v}" for k, v in knobs.items()))
     assert dataset.class_names == ("neutral", "smiling") and list(dataset.sensitive_names) == ["gender", "skin"]
     for name, start in datasets.SYNTHETIC_START.items():
         split = dataset.splits[name]
@@ -471,7 +472,7 @@ def test_synthetic_is_drawn_once_for_each_setting(load, monkeypatch):
 
     monkeypatch.setattr(synthetic_faces, "iterate_faces", counting)
     again = load("synthetic", *SMALL)
-    limited = load("synthetic", *SMALL, "data.synthetic.max_train=25", "data.synthetic.target=age")
+    limited = load("synthetic", *SMALL, "data.synthetic.max_train=25", "data.synthetic.target=smile")
     assert set(calls) == {16}, "only the probe of the renderer"
     assert again.fingerprint == first.fingerprint != limited.fingerprint
     assert len(limited.splits["train"]) == 25 and set(limited.splits["train"].index) < set(first.splits["train"].index)

@@ -96,7 +96,7 @@ def test_a_model_comes_in_training_mode():
 
 def test_patch_sizes():
     assert {size: patch_size_for(size) for size in (32, 48, 64, 96, 112, 128, 160, 224)} == {
-        32: 8, 48: 8, 64: 16, 96: 16, 112: 16, 128: 16, 160: 16, 224: 16,
+        32: 16, 48: 16, 64: 16, 96: 16, 112: 16, 128: 16, 160: 16, 224: 16,
     }  # fmt: skip
     assert (patch_size_for(40), patch_size_for(36), patch_size_for(28)) == (8, 4, 4)
     for size in (33, 62, 225):
@@ -104,7 +104,7 @@ def test_patch_sizes():
             patch_size_for(size)
 
 
-@pytest.mark.parametrize("size, patch", [(32, 8), (64, 16)])
+@pytest.mark.parametrize("size, patch", [(32, 16), (40, 8)])
 def test_the_vit_has_the_image_and_patch_size_it_is_given(size, patch):
     with torch.device("meta"):
         model = build_model("vit_small_patch16_224", 2, size)

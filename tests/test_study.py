@@ -32,7 +32,13 @@ TINY = {
     "data": {
         "dataset": "synthetic",
         "min_group_size": 5,
-        "synthetic": {"train_images": 192, "validation_images": 64, "test_images": 160},
+        "synthetic": {
+            "target": "smile",
+            "sensitive": ["gender", "skin"],
+            "train_images": 192,
+            "validation_images": 64,
+            "test_images": 160,
+        },
     },
     "models": {"architectures": ["test_resnet", "test_efficientnet"]},
     "training": {"epochs": 1, "learning_rate": 0.003},
