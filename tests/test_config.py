@@ -354,7 +354,8 @@ def test_per_model_knows_only_keys_of_training():
 
 
 def test_group_attribute_is_the_first_sensitive_unless_named(tmp_path):
-    text = "data: {dataset: [synthetic, fairface], synthetic: {target: smile, sensitive: [gender, skin]}, fairface: {target: age}}"
+    synthetic = "{target: smile, sensitive: [gender, skin]}"
+    text = f"data: {{dataset: [synthetic, fairface], synthetic: {synthetic}, fairface: {{target: age}}}}"
     config = load(tmp_path, text, "data.fairface.sensitive=[race, gender]")
     assert (config.group_attribute("synthetic"), config.group_attribute("fairface")) == ("gender", "race")
     config = load(tmp_path, text, "data.fairface.sensitive=[race, gender]", "analysis.attribute=gender")

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import report
 from report import (
     Study,
     best_settings,
@@ -274,3 +275,40 @@ def test_report_without_any_quantized_cell_says_so():
     html, text = report_html(bare, {}), summary_markdown(bare)
     assert "No finished quantized cell." in html and "No finished quantized cell." in text
     assert "Failed and missing" not in html
+
+
+def test_group_accuracy_is_the_mean_over_seeds_of_each_group():
+    """Two seeds, FP32 and W4A4, by hand; the intersection is left out, a group without an image has a dash."""
+    rows, groups = [], []
+    accuracy = {("fp", 0): 0.9, ("fp", 1): 0.8, ("q", 0): 0.7, ("q", 1): 0.5}
+    for (kind, seed), value in accuracy.items():
+        quantized = kind == "q"
+        rows.append(
+            {
+                "cell": f"{kind}{seed}",
+                "dataset": "d",
+                "model": "m",
+                "seed": seed,
+                "method": "ptq_static" if quantized else "none",
+                "strategy": None,
+                "weight_bits": 4.0 if quantized else float("nan"),
+                "activation_bits": 4.0 if quantized else float("nan"),
+                "options": '{"observer":"mse"}' if quantized else None,
+                "status": "done",
+                "n_test": 10,
+                "accuracy": value,
+            }
+        )
+        for attribute, group, n, rate in (
+            ("sex", "a", 6, value + 0.1),
+            ("sex", "b", 0, float("nan")),
+            ("intersection", "a & x", 6, value),
+        ):
+            groups.append({"cell": f"{kind}{seed}", "attribute": attribute, "group": group, "n": n, "accuracy": rate})
+    tables = report.group_accuracy(pd.DataFrame(rows), pd.DataFrame(groups))
+    assert list(tables) == [("d", "m")]
+    table = tables["d", "m"]
+    assert table.columns.tolist() == ["attribute", "group", "n", "FP32", "W4A4"]
+    assert table[["attribute", "group", "n"]].values.tolist() == [["all", "", 10], ["sex", "a", 6], ["sex", "b", 0]]
+    assert table["FP32"].tolist() == ["85.0", "95.0", report.MISSING]
+    assert table["W4A4"].tolist() == ["60.0", "70.0", report.MISSING]
