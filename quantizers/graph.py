@@ -37,6 +37,8 @@ from quantizers.numerics import QuantizationError
 ACTIVATION, CONSTANT, SHAPE = "activation", "constant", "shape"
 MATMULS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"}
 ADDITIONS = {torch.add, operator.add, operator.iadd, "add", "add_", "__add__"}
+IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod"}
+SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad", "itemsize", "nbytes"}
 SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "element_size"}
 TRANSPARENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 SILENT = {"placeholder", "output", "get_attr"}
@@ -109,12 +111,39 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, Placement]:
                 placement.opaque[tracer.failed] = reason
     network = fx.GraphModule(root, graph)
     _write_out_attention(network)
-    for node in network.graph.nodes:
-        if node.op == "call_function" and node.target is operator.iadd:
-            node.target = operator.add
+    _follow_in_place(network)
     network.graph.eliminate_dead_code()
     network.recompile()
     return network, placement
+
+
+def _follow_in_place(network: fx.GraphModule) -> None:
+    """Let whoever reads a tensor after it was changed in place read the result, so that quantizers may stand between.
+
+    Additions in place become additions; other operations in place stay what they are.
+    """
+    modules = dict(network.named_modules())
+    position = {node: place for place, node in enumerate(network.graph.nodes)}
+    for node in network.graph.nodes:
+        if not (node.args and isinstance(node.args[0], fx.Node) and _is_in_place(node, modules)):
+            continue
+        for user in list(node.args[0].users):
+            if position[user] > position[node]:
+                user.replace_input_with(node.args[0], node)
+        if node.target is operator.iadd:
+            node.target = operator.add
+        elif node.op == "call_method" and node.target == "add_":
+            node.target = "add"
+
+
+def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[node.target], "inplace", False))
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.startswith("_")
+    name = getattr(node.target, "__name__", "")
+    is_operator = getattr(node.target, "__module__", "") == "_operator" and name in IN_PLACE_OPERATORS
+    return node.op == "call_function" and (is_operator or name.endswith("_") or bool(node.kwargs.get("inplace")))
 
 
 class _Whole(nn.Module):
@@ -360,7 +389,8 @@ def _kinds(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, str]
         elif node.op == "get_attr":
             kinds[node] = CONSTANT
         elif (node.op == "call_method" and node.target in SHAPE_METHODS) or (
-            node.op == "call_function" and node.target in (getattr, len, _inverse_root)
+            node.op == "call_function"
+            and (node.target in (len, _inverse_root) or (node.target is getattr and node.args[1] in SHAPE_ATTRIBUTES))
         ):
             kinds[node] = SHAPE
         elif ACTIVATION in inputs:

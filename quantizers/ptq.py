@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from evaluation import device_of
+from evaluation import device_of, eval_mode
 from quantizers.calibration import calibrate
 from quantizers.graph import prepare
 from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, QuantizedModel
+from quantizers.numerics import QuantizationError
 from quantizers.observers import WeightObserver
+
+SAME_FUNCTION = 0.01  # the most that tracing and folding may change the logits by, relatively; rounding changes 1e-5
 
 
 def ptq_static(
@@ -29,6 +32,7 @@ def ptq_static(
         return ActivationQuantizer(name, first_last_bits if is_edge and first_last_bits else activation_bits)
 
     quantized = _attach(model, "ptq_static", weight_bits, activation_bits, new_quantizer, first_last_bits)
+    _check_same_function(model, quantized, images[:2])
     calibrate(quantized, images, observer, percentile)
     _quantize_weights(quantized, WeightObserver(weight_observer, percentile))
     return quantized
@@ -57,6 +61,26 @@ def _attach(model, method, weight_bits, activation_bits, new_quantizer, first_la
     network, placement = prepare(model, weight_bits, new_quantizer, first_last_bits)
     description = {"method": method, "weight_bits": weight_bits, "activation_bits": activation_bits}
     return QuantizedModel(network, placement, description).to(device_of(model)).eval()
+
+
+def _check_same_function(model: nn.Module, quantized: QuantizedModel, images: torch.Tensor) -> None:
+    """QuantizationError unless the traced, folded, not yet quantized network does what the model does."""
+    images = images.to(device_of(model))
+    silent = {name: _ignore for name in quantized.activation_quantizers()}
+    with torch.inference_mode(), eval_mode(model), quantized.observing(silent):
+        expected, traced = model(images.clone()), quantized(images.clone())
+    if not bool(torch.isfinite(expected).all()):
+        return  # calibration names the layer
+    off = float((expected - traced).norm() / expected.norm().clamp(min=1e-6))
+    if off > SAME_FUNCTION:
+        raise QuantizationError(
+            f"the traced model gives other outputs than the model (off by {off:.1%}): it changes a tensor in place "
+            "through another name, or depends on something beside its input; write such operations out of place"
+        )
+
+
+def _ignore(x: torch.Tensor) -> None:
+    pass
 
 
 def _quantize_weights(quantized: QuantizedModel, observer: WeightObserver) -> None:
