@@ -141,7 +141,7 @@ def storage_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     if hasattr(model, "packed_tensors"):
         return model.packed_tensors()
     return {
-        name: tensor.detach().cpu().contiguous()
+        name: tensor.detach().cpu().contiguous().clone()  # tied weights share memory, which a file cannot
         for name, tensor in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }

@@ -27,12 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # after the arguments are known to be good: these import torch, which takes seconds
     from datasets import DataError
-    from models import CheckpointError, check_architecture
+    from models import CheckpointError
     from store import Store, StoreError
 
     try:
-        for name in config.models.architectures:
-            check_architecture(name)
+        _check_models(config)
         device = _device(options.device)
         store = Store(config.results_dir)
         if options.dry_run:
@@ -76,6 +75,8 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
         store.clear([cell.id for phase in phases for cell in planned.get(phase, [])])
     report = Report(options.quiet)
     for phase in phases:
+        if phase != "baseline":
+            _refresh(config, store, planned, report)
         module = importlib.import_module(f"phases.{phase}")
         if phase == "analysis":
             module.run(config, store, report.step)
@@ -93,6 +94,37 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
         report.line(f"failed: {cell}: {error}")
     report.line(f"results are in {config.results_dir}" + (f"; {len(failed)} cells failed" if failed else ""))
     return 1 if failed else 0
+
+
+def _refresh(config: Config, store, planned: dict, report) -> None:
+    """Derive the rows again whose metric settings the config has changed since, so that no table mixes the two."""
+    from phases.measure import refresh_metrics
+
+    refreshed = refresh_metrics([cell for cells in planned.values() for cell in cells], config, store)
+    if refreshed:
+        report.line(f"{refreshed} rows derived again from saved predictions, with the metric settings of this config")
+        for phase, cells in planned.items():
+            if store.results_path(phase).exists():
+                store.write_tables(phase, [cell.id for cell in cells])
+        store.write_group_table([cell.id for cells in planned.values() for cell in cells])
+
+
+def _check_models(config: Config) -> None:
+    """ConfigError for an architecture that does not exist, wherever it is named, or that cannot have the image size."""
+    from models import check_architecture, patch_size_for
+
+    for section, names in (
+        ("models.architectures", config.models.architectures),
+        ("models.weights", config.models.weights),
+        ("models.options", config.models.options),
+        ("training.per_model", config.training.per_model),
+    ):
+        for name in names:
+            check_architecture(name, section)
+    for name in config.models.architectures:
+        if name.startswith("vit_") and "patch_size" not in config.models.options.get(name, {}):
+            for dataset in config.data.dataset:
+                patch_size_for(config.dataset(dataset).image_size)
 
 
 def _dry_run(config: Config, store, phases: Sequence[str]) -> int:

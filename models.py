@@ -31,7 +31,7 @@ class CheckpointError(ValueError):
     """A checkpoint that is truncated, of another program or of another model; nothing has been loaded."""
 
 
-def check_architecture(name: str) -> None:
+def check_architecture(name: str, where: str = "models.architectures") -> None:
     """ConfigError with the nearest name unless `build_model` can build it."""
     if name in MODELS:
         return
@@ -41,7 +41,7 @@ def check_architecture(name: str) -> None:
         near = suggest(name, (*MODELS, *timm.list_models()))
         known = ", ".join(MODELS)
         near = near if near.startswith(" (") else f"; choose from {known}, or any name of timm.list_models()"
-        raise ConfigError(f"models.architectures: unknown model {name!r}{near}")
+        raise ConfigError(f"{where}: unknown model {name!r}{near}")
 
 
 def build_model(

@@ -48,8 +48,11 @@ def _bias_aware(
     return quantized
 
 
-def _ptq_dynamic(model: nn.Module, data: None, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
-    return ptq.ptq_dynamic(model, weight_bits=weight_bits, activation_bits=activation_bits, **_ranges(options))
+def _ptq_dynamic(
+    model: nn.Module, data: Iterable | None, weight_bits: int, activation_bits: int, options: dict
+) -> QuantizedModel:
+    images = None if data is None else gather_images(data, 2)  # only to check the traced network
+    return ptq.ptq_dynamic(model, images, weight_bits=weight_bits, activation_bits=activation_bits, **_ranges(options))
 
 
 def _ranges(options: dict) -> dict:
@@ -128,13 +131,21 @@ def _resolve(method: str, bit_width: int | None) -> tuple[str, int, int]:
     return strategy or name, weight_bits, activation_bits
 
 
+def _options_of(entry: Method) -> list[str]:
+    """The config keys that mean something for a model and a loader (not which split, or which widths to sweep)."""
+    keys = {key for section in entry.sections for key in section.model_fields}
+    return [key for key in (*RANGE_OPTIONS, "calibration_samples") if key in keys] + [
+        key for key, _ in entry.extra_options
+    ]
+
+
 def _settings(name: str, entry: Method, options: dict[str, Any]) -> dict[str, Any]:
     """The defaults of the method's config sections with `options` over them, checked as the config checks them."""
     extra = dict(entry.extra_options)
-    known = {key: section for section in entry.sections for key in section.model_fields}
+    known = _options_of(entry)
     for key in options:
-        if key not in known and key not in extra:
-            raise QuantizationError(f"{name} has no option {key!r}{suggest(key, (*known, *extra))}")
+        if key not in known:
+            raise QuantizationError(f"{name} has no option {key!r}{suggest(key, known)}")
     settings: dict[str, Any] = dict(extra)
     for section in entry.sections:
         try:
@@ -196,11 +207,7 @@ def compare_quantization_methods(
     names = {method: _resolve(method, None)[0] for method in methods}
     if len(names) != len(list(methods)):
         raise QuantizationError(f"a method is there twice: {', '.join(methods)}")
-    accepted = {
-        name: {key for section in METHODS[name].sections for key in section.model_fields}
-        | dict(METHODS[name].extra_options).keys()
-        for name in names.values()
-    }
+    accepted = {name: _options_of(METHODS[name]) for name in names.values()}
     for key in options:
         if not any(key in keys for keys in accepted.values()):
             raise QuantizationError(f"none of the methods has an option {key!r}")

@@ -67,6 +67,9 @@ class Report:
             self.bar.start()
             self.task = self.bar.add_task(phase, total=cells - done, cell=phase)
 
+    def progress(self, text: str, share: float) -> None:
+        """What is going on before the first cell; only a cell's own report shows it."""
+
     def update(self, cell: str, position: int, text: str = "", share: float = 0.0) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=position + share, cell=f"{cell} {text}".rstrip())

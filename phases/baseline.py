@@ -13,10 +13,10 @@ from config import Config
 from datasets import BatchLoader, FaceDataset, load_dataset
 from evaluation import latency_ms, predict, write_model
 from models import build_model, checkpoint_matches, save_checkpoint
-from phases.measure import measure, refresh_metrics
+from phases.measure import measure
 from phases.plan import Cell, plan
 from runner import CellResult, Report, run_cells
-from store import Store, atomic_path, seed_for, write_text
+from store import Store, StoreError, atomic_path, seed_for, write_text
 from training import train
 
 
@@ -25,8 +25,9 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
     cells = plan(config)["baseline"]
     # a checkpoint has no hash in its name: one that a later config overwrote is trained again
     store.clear([cell.id for cell in cells if not checkpoint_matches(_checkpoint(store, cell), cell.id)])
-    refresh_metrics(cells, config, store)
-    context = functools.partial(compute, config=config, store=store, device=device, data=DatasetCache(config))
+    data = DatasetCache(config)
+    _check_fingerprints(cells, store, data, report)
+    context = functools.partial(compute, config=config, store=store, device=device, data=data)
     run_cells("baseline", cells, context, config, store, report)
     _write_training_log(store, [cell.id for cell in cells])
     return store.read_table("baseline")
@@ -92,6 +93,18 @@ def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: st
     measured.extra["training_log"] = [{"precision": result.precision, **epoch} for epoch in result.log]
     measured.extra["fingerprint"] = dataset.fingerprint
     return measured
+
+
+def _check_fingerprints(cells: list[Cell], store: Store, data: DatasetCache, report: Report) -> None:
+    """Refuse data that are not those that the finished baselines were trained on: `root` is not part of a cell's id."""
+    for cell in cells:
+        if store.is_done(cell.id):
+            dataset = data.load(cell.dataset, report)
+            if store.record(cell.id)["extra"]["fingerprint"] != dataset.fingerprint:
+                raise StoreError(
+                    f"{store.record_path(cell.id)}: computed on other data than {cell.dataset} has now (labels, splits "
+                    "or images changed); put the data back, use another results_dir, or start again with --fresh"
+                )
 
 
 class DatasetCache:

@@ -16,7 +16,7 @@ from datasets import BatchLoader, FaceDataset, calibration_subset
 from evaluation import predict
 from models import build_model, checkpoint_description, checkpoint_matches, load_checkpoint
 from phases.baseline import DatasetCache, cost_columns, names_of, test_loader
-from phases.measure import measure, refresh_metrics
+from phases.measure import measure
 from phases.plan import Cell, plan
 from quantization import apply_quantization
 from runner import CellResult, Report, run_cells
@@ -28,7 +28,6 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     planned = plan(config)
     cells = planned[phase]
     _check_baselines([cell for cell in planned["baseline"] if _is_needed(cell, cells, store)], store)
-    refresh_metrics([*planned["baseline"], *cells], config, store)
     inputs = Inputs(config, store, device)
     run_cells(phase, cells, functools.partial(compute, inputs=inputs), config, store, report)
     return store.read_table(phase)
@@ -60,19 +59,15 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
 
 
 def _calibration_data(cell: Cell, options: dict, dataset: FaceDataset, config: Config, device: str):
-    """The cell's calibration images; takes out of `options` what chose them. None for methods that need none."""
-    if "calibration_samples" not in options:
-        return None
-    samples, split = options["calibration_samples"], dataset.splits[options["calibration_split"]]
+    """The cell's calibration images; takes out of `options` what chose them. two images where it needs none."""
+    if "calibration_samples" not in options:  # a look at two images, to check the traced network
+        return BatchLoader(dataset.splits["validation"].subset(np.arange(2)), 2, device=device, channels_last=True)
+    samples, split = options["calibration_samples"], dataset.splits[options.pop("calibration_split")]
     balance = options.pop("balance", None)
-    attributes = {
-        None: None,
-        "attribute": [config.group_attribute(cell.dataset)],
-        "intersection": list(split.sensitive),
-    }
+    attributes = list(split.sensitive) if balance == "intersection" else [balance] if balance else None
     # the same draw for every method, width and observer of a model, so that they differ in nothing else
     generator = np.random.default_rng(seed_for(cell.seed, cell.dataset, cell.model, "calibration", balance))
-    positions = calibration_subset(split, samples, generator, balance=attributes[balance])
+    positions = calibration_subset(split, samples, generator, balance=attributes)
     return BatchLoader(split.subset(positions), config.run.evaluation_batch_size, device=device, channels_last=True)
 
 

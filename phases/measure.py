@@ -12,7 +12,7 @@ from group_counts import METRICS, count_table, intersect
 from phases.plan import Cell
 from runner import CellResult
 from significance import bootstrap_intervals
-from store import GROUP_METRIC_COLUMNS, INTERSECTION, Store, seed_for, short_hash
+from store import GROUP_METRIC_COLUMNS, INTERSECTION, MissingArtifactError, Store, seed_for, short_hash
 
 
 def metric_settings(config: Config, dataset: str) -> dict[str, Any]:
@@ -79,9 +79,15 @@ def refresh_metrics(cells: list[Cell], config: Config, store: Store) -> int:
         if not store.is_done(cell.id):
             continue
         record = store.record(cell.id)
-        if record["extra"]["metrics_key"] == short_hash(metric_settings(config, cell.dataset)):
+        if record["extra"].get("metrics_key") == short_hash(metric_settings(config, cell.dataset)):
             continue
-        baseline_row = store.record(cell.baseline_cell)["row"] if cell.baseline_cell else None
+        baseline_row = None
+        if cell.baseline_cell is not None:
+            if not store.is_done(cell.baseline_cell):  # its baseline was cleared: nothing to compare with
+                raise MissingArtifactError(
+                    f"{store.record_path(cell.baseline_cell)}: missing; make it with python main.py --phase baseline"
+                )
+            baseline_row = store.record(cell.baseline_cell)["row"]
         result = measure(cell, store.predictions(cell.id), record["extra"]["names"], config, baseline_row)
         identity = {key: record["groups"][0][key] for key in record["groups"][0] if key not in result.groups[0]}
         store.write_cell(

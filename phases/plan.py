@@ -6,8 +6,10 @@ are summarised (group attribute, smallest group, bootstrap) is not in it: rows a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from config import SHORTHANDS, Config, MethodEntry, parse_width
@@ -72,13 +74,21 @@ def _baseline(config: Config, dataset: str, model: str, seed: int) -> Cell:
         "data": data,
         "model": model,
         "pretrained": config.models.pretrained,
-        "weights": config.models.weights.get(model),
+        "weights": _digest(config.models.weights.get(model)),
         "options": config.models.options.get(model, {}),
         "training": config.training.for_model(model).model_dump(mode="json"),
         "seed": seed,
         "threads": config.run.threads_per_cell,
     }
     return Cell(f"{dataset}-{model}-s{seed}-fp32-{short_hash(identity)}", "baseline", dataset, model, seed, "none")
+
+
+def _digest(path: str | None) -> str | None:
+    """What a weights file holds, so that another file under the same name trains another model; its name if missing."""
+    if path is None or not Path(path).is_file():
+        return path
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _quantization(config: Config, baseline: Cell) -> list[Cell]:
@@ -107,7 +117,8 @@ def _mitigation(config: Config, baseline: Cell) -> list[Cell]:
     for strategy in config.mitigation.strategies:
         section = getattr(config.mitigation, strategy)
         common = config.quantization.ptq_static
-        settings = common.model_dump() | {"observer": section.observer, "balance": section.balance}
+        balance = "intersection" if section.balance == "intersection" else config.group_attribute(baseline.dataset)
+        settings = common.model_dump() | {"observer": section.observer, "balance": balance}
         if section.calibration_samples is not None:
             settings["calibration_samples"] = section.calibration_samples
         for width in section.bit_widths or config.quantization.bit_widths:

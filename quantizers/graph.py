@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from quantizers.modules import QuantizedLayer
+from quantizers.modules import QuantizedInputLayer, QuantizedLayer
 from quantizers.numerics import QuantizationError
 
 ACTIVATION, CONSTANT, SHAPE = "activation", "constant", "shape"
@@ -80,12 +80,32 @@ def prepare(
     `new_quantizer(name, is_edge)` makes the quantizer of one activation; `is_edge` is true at the input of the first
     and of the last layer, whose weights get `first_last_bits` where that is given.
     """
-    network, placement = trace(copy.deepcopy(model).eval())
+    try:
+        private = copy.deepcopy(model).eval()
+    except RuntimeError as error:  # weights that a hook computes are no leaves: pruning, old-style weight_norm
+        raise QuantizationError(
+            f"the model cannot be copied ({' '.join(str(error).split())[:120]}); remove its reparametrisations first "
+            "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
+        ) from None
+    _untie(private)
+    network, placement = trace(private)
     fold_batch_norms(network, placement)
     _insert_quantizers(network, placement, weight_bits, new_quantizer, first_last_bits)
     if not placement.layers:
         raise QuantizationError("the model has no convolution or linear layer that can be quantized")
     return network, placement
+
+
+def _untie(model: nn.Module) -> None:
+    """Give each layer weights of its own: a norm folded into one must not change the other."""
+    seen = set()
+    for module in model.modules():
+        if is_layer(module):
+            for name in ("weight", "bias"):
+                parameter = module._parameters.get(name)
+                if parameter is not None and id(parameter) in seen:
+                    setattr(module, name, nn.Parameter(parameter.detach().clone()))
+                seen.add(id(parameter))
 
 
 # ------------------------------------------------------------------------------------------------------------- tracing
@@ -194,8 +214,8 @@ def is_layer(module: nn.Module) -> bool:
         return False
     if isinstance(module, _ConvTransposeNd) and module.groups > 1:
         return False
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return False
+    if torch.nn.utils.parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
+        return False  # its weight is computed anew at each forward pass
     if type(module).__module__.startswith("torch.nn"):
         return True
     # TensorFlow-style padding computes only the padding; the weight is used as it is
@@ -327,7 +347,8 @@ def _insert_quantizers(
         if node.op == "call_module" and is_layer(modules.get(node.target)):
             is_edge = node in edges
             bits = first_last_bits if is_edge and first_last_bits is not None else weight_bits
-            node.replace_input_with(node.args[0], quantized(node.args[0], node, is_edge))
+            source = node.args[0] if node.args else node.kwargs["input"]
+            node.replace_input_with(source, quantized(source, node, is_edge))
             if node.target not in placement.layers:
                 _set_module(network, node.target, QuantizedLayer(node.target, modules[node.target], bits))
                 placement.layers.append(node.target)
@@ -346,6 +367,10 @@ def _insert_quantizers(
                 placement.float_layers.append(node.target)
             if not isinstance(modules.get(node.target), TRANSPARENT_MODULES):
                 placement.float_operations[_operation(node, modules)] += 1
+    for node in network.graph.nodes:  # such as x.to(self.conv.weight.dtype)
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and owner in placement.layers:
+            node.target = f"{owner}.layer.{name}"
     network.graph.lint()
     network.recompile()
 
@@ -367,7 +392,7 @@ def _quantize_inside(
             elif is_layer(layer):
                 full = ".".join(part for part in (path, child_path, name) if part)
                 quantizer = new_quantizer(f"{full}.input", False)
-                setattr(child, name, nn.Sequential(quantizer, QuantizedLayer(full, layer, weight_bits)))
+                setattr(child, name, QuantizedInputLayer(quantizer, QuantizedLayer(full, layer, weight_bits)))
                 placement.layers.append(full)
                 placement.activation_quantizers.append(f"{full}.input")
 

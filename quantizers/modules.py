@@ -73,8 +73,12 @@ class DynamicActivationQuantizer(nn.Module):
         super().__init__()
         self.name = name
         self.bits = check_bits(bits, name)
+        self.observer: Callable[[torch.Tensor], None] | None = None  # as in ActivationQuantizer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.observer is not None:
+            self.observer(x)
+            return x
         flat_NK = x.reshape(x.shape[0], -1)
         low_N, high_N = flat_NK.amin(dim=1), flat_NK.amax(dim=1)
         scale_N, zero_point_N = affine_parameters(low_N, high_N, self.bits)
@@ -120,6 +124,18 @@ class QuantizedLayer(nn.Module):
         return f"{self.name}, bits={self.bits}"
 
 
+class QuantizedInputLayer(nn.Sequential):
+    """A quantizer and the layer behind it, where the code around them cannot be traced; it may read the weights."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self[1].layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self[1].layer.bias
+
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ACTIVATION_QUANTIZERS = (ActivationQuantizer, DynamicActivationQuantizer)
 
@@ -147,7 +163,7 @@ class QuantizedModel(nn.Module):
 
     @contextlib.contextmanager
     def observing(self, observers: dict[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
-        """Every static activation quantizer shows what passes to its observer, and changes nothing meanwhile."""
+        """Every named activation quantizer shows what passes to its observer, and changes nothing meanwhile."""
         quantizers = self.activation_quantizers()
         try:
             for name, observer in observers.items():

@@ -21,6 +21,7 @@ from quantizers.numerics import QuantizationError, along, symmetric_scale, weigh
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")
 BINS = 4096
 ENTROPY_BINS = 2048
+HISTOGRAM_CHUNK = 1 << 23  # values counted at a time: torch.histc counts in float32, exact up to 2^24
 WEIGHT_CHUNK = 1 << 16  # weights searched at a time, so that they stay in the processor's cache
 
 
@@ -44,7 +45,9 @@ class ActivationStatistics:
             counts = torch.zeros(BINS, dtype=torch.float64)
             counts[0] = x.numel()
         else:
-            counts = torch.histc(x.detach().float(), bins=BINS, min=low, max=high).double().cpu()
+            counts = torch.zeros(BINS, dtype=torch.float64)
+            for part in x.detach().float().flatten().split(HISTOGRAM_CHUNK):
+                counts += torch.histc(part, bins=BINS, min=low, max=high).double().cpu()
         self.histogram = counts if self.histogram is None else self.histogram + counts
 
     def bounds(self) -> tuple[float, float]:

@@ -40,6 +40,7 @@ def ptq_static(
 
 def ptq_dynamic(
     model: nn.Module,
+    images: torch.Tensor | None = None,
     *,
     weight_bits: int,
     activation_bits: int,
@@ -47,12 +48,17 @@ def ptq_dynamic(
     percentile: float = 99.99,
     first_last_bits: int | None = None,
 ) -> QuantizedModel:
-    """Integer weights; activation ranges are each image's own extremes, found at run time. Needs no data."""
+    """Integer weights; activation ranges are each image's own extremes (dimension 0), found at run time.
+
+    Needs no data; where `images` are given, the traced network is checked against the model on two of them.
+    """
 
     def new_quantizer(name: str, is_edge: bool) -> nn.Module:
         return DynamicActivationQuantizer(name, first_last_bits if is_edge and first_last_bits else activation_bits)
 
     quantized = _attach(model, "ptq_dynamic", weight_bits, activation_bits, new_quantizer, first_last_bits)
+    if images is not None:
+        _check_same_function(model, quantized, images[:2])
     _quantize_weights(quantized, WeightObserver(weight_observer, percentile))
     return quantized
 
@@ -66,9 +72,16 @@ def _attach(model, method, weight_bits, activation_bits, new_quantizer, first_la
 def _check_same_function(model: nn.Module, quantized: QuantizedModel, images: torch.Tensor) -> None:
     """QuantizationError unless the traced, folded, not yet quantized network does what the model does."""
     images = images.to(device_of(model))
-    silent = {name: _ignore for name in quantized.activation_quantizers()}
-    with torch.inference_mode(), eval_mode(model), quantized.observing(silent):
-        expected, traced = model(images.clone()), quantized(images.clone())
+    silent = {name: _ignore for name in quantized.activation_quantizers()}  # they change nothing meanwhile
+    try:
+        with torch.no_grad(), eval_mode(model), quantized.observing(silent):
+            expected, traced = model(images.clone()), quantized(images.clone())
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise QuantizationError(
+            f"the model cannot be run on the images: {' '.join(str(error).split())[:200]}"
+        ) from error
+    if not isinstance(expected, torch.Tensor):
+        raise QuantizationError(f"the model must return logits, a tensor (N, K); it returns {type(expected).__name__}")
     if not bool(torch.isfinite(expected).all()):
         return  # calibration names the layer
     off = float((expected - traced).norm() / expected.norm().clamp(min=1e-6))
