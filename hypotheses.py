@@ -194,7 +194,8 @@ def _balanced_calibration(study: JointBootstrap) -> dict:
         "Group-balanced calibration reduces the equalized-odds difference",
         "equalized-odds difference with balanced calibration minus that with plain calibration at the same model, seed "
         "and "
-        "widths, mean over pairs; supported or contradicted if the interval excludes 0 and the paired permutation test "
+        "widths, mean over pairs in which neither model has collapsed to one class; supported or contradicted if the "
+        "interval excludes 0 and the paired permutation test "
         "agrees",
         "points of equalized-odds difference",
         (0.0, 0.0),
@@ -205,6 +206,13 @@ def _balanced_calibration(study: JointBootstrap) -> dict:
     if pairs.empty:
         return _not_tested(answer, "no finished bias_aware_calibration cell with a plain counterpart")
     pairs = pairs.assign(reference=pairs["cell"].map(counterparts))
+    collapsed = [
+        any(study.test_sets[pair.dataset].is_collapsed(cell) for cell in (pair.cell, pair.reference))
+        for pair in pairs.itertuples()
+    ]
+    n_collapsed, pairs = sum(collapsed), pairs[[not flag for flag in collapsed]].reset_index(drop=True)
+    if pairs.empty:
+        return _not_tested(answer, "in every pair a model gives one class to nearly every image, which has no gap")
     observed_P, replicates_BP, permuted_BP = study.gap_changes(pairs, metric, "balanced_calibration")
     defined = ~np.isnan(observed_P)
     if not defined.any():
@@ -238,6 +246,11 @@ def _balanced_calibration(study: JointBootstrap) -> dict:
         f"({_ci(low, high, study.level)}, paired "
         f"permutation p = {_p(p)}){_zero(low, high)}."
     )
+    if n_collapsed:
+        sentence += (
+            f" Not counted, since a model in it gives one class to nearly every image and so has no gap: "
+            f"{_count(n_collapsed, 'further pair')}."
+        )
     if left_out:
         sentence += f" It is undefined in {_count(left_out, 'further pair')}."
     return _decided(

@@ -18,6 +18,8 @@ from group_counts import group_metrics
 from result_rows import main_settings
 from store import seed_for
 
+COLLAPSED = 0.99  # share of one predicted class
+
 
 @dataclass(frozen=True)
 class TestSet:
@@ -35,6 +37,10 @@ class TestSet:
     n_classes: int
     min_group_size: int
     predictions: Mapping[str, np.ndarray] = field(repr=False)  # cell -> (N,) predicted classes
+
+    def is_collapsed(self, cell: str) -> bool:
+        """Whether the cell gives one class to nearly every image: its small gaps say nothing about fairness."""
+        return bool(np.bincount(self.predictions[cell]).max() / len(self.label_N) >= COLLAPSED)
 
     @property
     def n(self) -> int:

@@ -21,7 +21,7 @@ import report
 import visualizations
 from config import Config
 from group_counts import METRICS, intersect
-from joint_bootstrap import TestSet
+from joint_bootstrap import COLLAPSED, TestSet
 from phases.plan import plan
 from result_rows import main_settings, model_label, plain_counterparts, with_labels
 from significance import paired_count_table, paired_difference_intervals
@@ -38,7 +38,6 @@ from store import (
 )
 
 FIGURE_DPI = 200
-COLLAPSED = 0.99  # a cell that gives one class to so large a share of the images no longer looks at them
 SIGNIFICANCE_COLUMNS = (
     "cell", "reference_cell", "comparison", "dataset", "model", "seed", "method", "strategy", "weight_bits",
     "activation_bits", "options", "attribute", "metric", "group", "n", "effect", "ci_low", "ci_high", "gained", "lost",
@@ -413,9 +412,7 @@ def _collapsed(lead: str, rows: pd.DataFrame, test_set: TestSet) -> list[str]:
     quantized = rows[rows["weight_bits"].notna()]
     if quantized.empty:
         return []
-    is_collapsed = [
-        np.bincount(test_set.predictions[cell]).max() / test_set.n >= COLLAPSED for cell in quantized["cell"]
-    ]
+    is_collapsed = [test_set.is_collapsed(cell) for cell in quantized["cell"]]
     n = int(np.sum(is_collapsed))
     if not n:
         return []

@@ -182,6 +182,25 @@ def test_balanced_calibration_is_not_supported_by_noise(tmp_path):
     assert sum(refused) <= 4
 
 
+def test_a_collapsed_model_is_no_evidence_about_gaps(tmp_path):
+    """Plain W4A4 models that give one class to everything have no gap; a repair that brings it back is not worse."""
+    config = small_config()
+    store, planned = write_study(tmp_path, config, loss=lambda cell, g: 0.3 if g == 0 and cell.strategy else 0.0)
+    rows, _, _ = planned_rows(store, {phase: [cell.id for cell in cells] for phase, cells in planned.items()})
+    test_set = load_test_set(config, store, "synthetic", rows, store.read_group_table())
+    plain = [c.id for c in planned["quantization"] if c.weight_bits == 4]
+    collapsed = {cell: np.ones_like(test_set.label_N) for cell in plain}
+    other = TestSet(**{**vars(test_set), "predictions": {**test_set.predictions, **collapsed}})
+
+    def found(test_set, n_pairs):
+        row = hypotheses.evaluate(rows, {"synthetic": test_set}, 200, 0.95).set_index("id").loc["balanced_calibration"]
+        assert f"Over {n_pairs} pairs" in row["sentence"]
+        return row["sentence"]
+
+    assert "Not counted" not in found(test_set, 4)
+    assert "Not counted" in found(other, 2) and "2 further pairs" in found(other, 2)
+
+
 def test_larger_models_rule_needs_the_models_in_order(tmp_path):
     by_size = {"squeezenet1_1": 0.3, "mobilenet_v2": 0.22, "efficientnet_b0": 0.16, "vit_small": 0.08, "resnet50": 0.05}
     reverse = dict(zip(by_size, reversed(by_size.values()), strict=True))
