@@ -565,7 +565,8 @@ def _section_in(annotation) -> type | None:
 
 def _default_methods() -> list[str | MethodEntry]:
     observers = MethodEntry(method="ptq_static", bit_widths=[4], observer=["minmax", "percentile", "entropy"])
-    return ["ptq_static", "ptq_dynamic", observers]
+    dynamic = MethodEntry(method="ptq_dynamic", bit_widths=[8, 4])
+    return ["ptq_static", dynamic, observers]
 
 
 def _assign(values: dict, path: list[str], value: Any, source: str) -> None:

@@ -348,7 +348,7 @@ def _insert_quantizers(
             is_edge = node in edges
             bits = first_last_bits if is_edge and first_last_bits is not None else weight_bits
             source = node.args[0] if node.args else node.kwargs["input"]
-            node.replace_input_with(source, quantized(source, node, is_edge))
+            node.args, node.kwargs = (quantized(source, node, is_edge),), {}
             if node.target not in placement.layers:
                 _set_module(network, node.target, QuantizedLayer(node.target, modules[node.target], bits))
                 placement.layers.append(node.target)

@@ -21,7 +21,7 @@ def test_the_default_sweep():
     cells = planned()
     assert {phase: len(block) for phase, block in cells.items()} == {
         "baseline": 5,
-        "quantization": 5 * (4 + 4 + 3),  # static and dynamic at 8, 4, 2, W4A8; three more observers at 4
+        "quantization": 5 * (4 + 2 + 3),  # static at 8, 4, 2, W4A8; dynamic at 8, 4; three more observers at 4
         "mitigation": 5 * 4,
     }
     everything = [cell for block in cells.values() for cell in block]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from evaluation import model_size_mb, write_model
 from models import MODELS, build_model
@@ -344,6 +345,71 @@ def test_a_model_whose_own_forward_cannot_be_traced():
     quantized = ptq_dynamic(model, weight_bits=8, activation_bits=8)
     assert list(quantized.placement.opaque) == ["model"]
     assert (quantized(x) - model(x)).norm() < 0.05 * model(x).norm()
+
+
+class Idioms(nn.Module):
+    """What users write: layers called by keyword, a weight's dtype read, one weight in two layers before two norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+        self.second.weight = self.first.weight
+        self.norm1, self.norm2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.inner = DataDependent()
+        self.inner.conv = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        x = self.norm1(self.first(input=x.to(self.first.weight.dtype)))
+        return self.inner(self.norm2(self.second(x))).mean((2, 3))
+
+
+def test_idioms_of_users_models():
+    model, x = Idioms(), images(16, 8) + 0.5
+    for _ in range(20):
+        model(x)
+    model.eval()
+    for quantized in (
+        ptq_static(model, x, weight_bits=8, activation_bits=8, observer="minmax"),
+        ptq_dynamic(model, x, weight_bits=8, activation_bits=8),
+    ):
+        assert sorted(quantized.layers()) == ["first", "inner.conv", "second"]
+        assert (quantized(x) - model(x)).norm() < 0.1 * model(x).norm()
+    assert model.second.weight is model.first.weight
+    assert model_size_mb(model) > 0
+
+
+def test_weights_that_are_computed_anew_stay_float_or_are_refused():
+    spectral = nn.Sequential(torch.nn.utils.spectral_norm(nn.Conv2d(3, 8, 1)), nn.Conv2d(8, 2, 1), nn.Flatten()).eval()
+    quantized = ptq_dynamic(spectral, weight_bits=2, activation_bits=8)
+    assert quantized.placement.layers == ["1"] and quantized.placement.float_layers == ["0"]
+    pruned = nn.Sequential(nn.Conv2d(3, 8, 1))
+    prune.random_unstructured(pruned[0], "weight", amount=0.5)
+    pruned(images(2, 8))
+    with pytest.raises(QuantizationError, match="remove its reparametrisations"):
+        ptq_dynamic(pruned, weight_bits=4, activation_bits=8)
+
+
+def test_a_model_that_returns_no_logits_or_takes_no_such_images_is_refused():
+    with pytest.raises(QuantizationError, match="returns tuple"):
+        ptq_static(Twice().eval(), images(4, 8), weight_bits=8, activation_bits=8)
+    with pytest.raises(QuantizationError, match="cannot be run on the images"):
+        ptq_static(nn.Sequential(nn.Conv2d(1, 2, 3)).eval(), images(4, 8), weight_bits=8, activation_bits=8)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.conv(x), x
+
+
+def test_histograms_count_past_what_float32_counts(monkeypatch):
+    monkeypatch.setattr(observers, "HISTOGRAM_CHUNK", 1000)
+    statistics = statistics_of(torch.cat([torch.zeros(2500), torch.ones(1)]), 2501)
+    assert statistics.histogram[0] == 2500 and statistics.histogram[-1] == 1
+    assert observers.ActivationStatistics("x").name and observers.HISTOGRAM_CHUNK <= 1 << 23
 
 
 def test_a_model_without_layers_is_refused():
