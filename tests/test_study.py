@@ -374,6 +374,24 @@ def test_a_cell_that_fails_is_named_and_the_sweep_goes_on(finished, tmp_path, ca
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
 
+def test_the_mitigation_phase_calibrates_on_a_balanced_set(finished):
+    """Every gender x skin group has the same number of calibration images, ±1; plain cells draw as the data are."""
+    from datasets import load_dataset
+    from phases.derived import _calibration_data
+
+    config = load_config(finished[0])
+    dataset, cells = load_dataset(config, "synthetic"), plan(config)
+
+    def counts(cell) -> np.ndarray:
+        sets = [batch["sensitive"] for batch in _calibration_data(cell, dict(cell.options), dataset, config, "cpu")]
+        code = torch.cat([2 * groups["gender"] + groups["skin"] for groups in sets])
+        return np.bincount(code.numpy(), minlength=4)
+
+    balanced, plain = counts(cells["mitigation"][0]), counts(cells["quantization"][0])
+    assert balanced.sum() == plain.sum() == 64
+    assert balanced.max() - balanced.min() <= 1 < plain.max() - plain.min()
+
+
 def test_a_later_phase_names_the_file_it_needs(finished, tmp_path, capsys):
     for phase in ("quantization", "mitigation", "analysis"):
         assert study(finished[0], tmp_path / "r", phase=phase) == 2
