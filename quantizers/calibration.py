@@ -1,11 +1,11 @@
 """Calibration: which images set the activation ranges, and setting them.
 
-The images pass twice through the float network (its quantizers only watch): once for the extremes of every activation,
-once for its histogram, unless the observer needs only the extremes.
+The images pass once through the float network, its quantizers only watching: see quantizers.observers.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +14,17 @@ import torch
 
 from evaluation import as_batch, device_of, eval_mode
 from quantizers.modules import ActivationQuantizer, QuantizedModel
-from quantizers.numerics import QuantizationError
-from quantizers.observers import ActivationStatistics
+from quantizers.numerics import FLOAT_BITS, QuantizationError, QuantizationWarning
+from quantizers.observers import HISTOGRAM_OBSERVERS, ActivationStatistics
 
 CALIBRATION_BATCH = 64
 
+Statistics = dict[str, ActivationStatistics]  # by the name of the quantizer
+
 
 def gather_images(loader: Iterable, samples: int) -> torch.Tensor:
-    """The first `samples` images of a loader, (n, 3, H, W) with n <= samples. QuantizationError if there is none."""
+    """The first `samples` images of a loader, (n, 3, H, W) with n <= samples. QuantizationError if there is none, a
+    QuantizationWarning if there are fewer than `samples`."""
     images, count = [], 0
     for batch in map(as_batch, loader):
         image = torch.as_tensor(batch["image"])[: samples - count]
@@ -31,7 +34,29 @@ def gather_images(loader: Iterable, samples: int) -> torch.Tensor:
             break
     if not count:
         raise QuantizationError("calibration_data is empty: give at least one batch of images")
+    if count < samples:
+        warnings.warn(
+            f"calibration_data holds {count} images, fewer than the {samples} of calibration_samples: all are used",
+            QuantizationWarning,
+            stacklevel=2,
+        )
     return torch.cat(images)
+
+
+def check_images(images: torch.Tensor) -> None:
+    """QuantizationError for images that ranges cannot be taken from: none, not finite, constant, or all the same."""
+    if not len(images):
+        raise QuantizationError("calibration_data is empty: give at least one batch of images")
+    bad_N = ~torch.isfinite(images).flatten(1).all(dim=1)
+    if bool(bad_N.any()):
+        first = int(bad_N.nonzero()[0])
+        raise QuantizationError(
+            f"calibration_data: image {first} has values that are not finite ({int(bad_N.sum())} of {len(images)} have)"
+        )
+    if bool((images == images.flatten()[0]).all()):
+        raise QuantizationError(f"calibration_data: every pixel is {float(images.flatten()[0]):g}; give real images")
+    if len(images) > 1 and bool((images == images[:1]).all()):
+        raise QuantizationError(f"calibration_data: all {len(images)} images are the same; ranges need different ones")
 
 
 def gather_balanced_images(
@@ -90,25 +115,37 @@ def _group_codes(sensitive: Mapping[str, Any], attributes: Sequence[str] | None)
     return list(zip(*(torch.as_tensor(sensitive[name]).reshape(-1).tolist() for name in names), strict=True))
 
 
-def calibrate(model: QuantizedModel, images: torch.Tensor, observer: str, percentile: float) -> None:
-    """Set the range of every static activation quantizer from `images` (n, 3, H, W); the weights are still float."""
-    quantizers = {
-        name: quantizer
+def observe(model: QuantizedModel, images: torch.Tensor, with_histogram: bool = True) -> Statistics:
+    """What every static activation quantizer sees of `images` (n, 3, H, W) in the float model, in one pass.
+
+    QuantizationError where a quantizer sees nothing, or values that are not finite.
+    """
+    statistics = {
+        name: ActivationStatistics(name, with_histogram)
         for name, quantizer in model.activation_quantizers().items()
         if isinstance(quantizer, ActivationQuantizer)
     }
-    statistics = {name: ActivationStatistics(name) for name in quantizers}
-    _run(model, images, {name: seen.observe_extremes for name, seen in statistics.items()})
-    for seen in statistics.values():
-        seen.bounds()  # refuses before the second pass
-    if observer != "minmax":
-        _run(model, images, {name: seen.observe_histogram for name, seen in statistics.items()})
-    for name, quantizer in quantizers.items():
-        quantizer.set_range(*statistics[name].range(observer, quantizer.bits, percentile))
-
-
-def _run(model: QuantizedModel, images: torch.Tensor, observers: dict) -> None:
     device = device_of(model)
-    with torch.inference_mode(), eval_mode(model), model.observing(observers):
+    observers = {name: seen.observe for name, seen in statistics.items()}
+    with torch.inference_mode(), eval_mode(model), model.as_float(), model.observing(observers):
         for batch in images.split(CALIBRATION_BATCH):
             model(batch.to(device))
+    for seen in statistics.values():
+        seen.bounds()
+    return statistics
+
+
+def set_ranges(model: QuantizedModel, statistics: Statistics, observer: str, percentile: float) -> None:
+    """Give every static activation quantizer the range that `observer` chooses for its width."""
+    quantizers = model.activation_quantizers()
+    for name, seen in statistics.items():
+        quantizer = quantizers[name]
+        if quantizer.bits < FLOAT_BITS:
+            quantizer.set_range(*seen.range(observer, quantizer.bits, percentile, quantizer.is_symmetric))
+
+
+def calibrate(model: QuantizedModel, images: torch.Tensor, observer: str, percentile: float) -> Statistics:
+    """`observe`, then `set_ranges`."""
+    statistics = observe(model, images, observer in HISTOGRAM_OBSERVERS)
+    set_ranges(model, statistics, observer, percentile)
+    return statistics

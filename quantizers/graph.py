@@ -43,7 +43,9 @@ SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "element_size"}
 TRANSPARENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 SILENT = {"placeholder", "output", "get_attr"}
 
-NewQuantizer = Callable[[str, bool], nn.Module]  # (name, belongs to the first or last layer) -> quantizer
+# whether it belongs to the first or last layer of the model is the last argument of both
+NewQuantizer = Callable[[str, bool], nn.Module]  # (name, …)
+NewLayer = Callable[[str, nn.Module, bool], QuantizedLayer]  # (name, layer, …)
 
 
 @dataclass
@@ -73,12 +75,19 @@ class Placement:
 
 
 def prepare(
-    model: nn.Module, weight_bits: int, new_quantizer: NewQuantizer, first_last_bits: int | None = None
+    model: nn.Module,
+    weight_bits: int,
+    new_quantizer: NewQuantizer,
+    first_last_bits: int | None = None,
+    *,
+    weight_granularity: str = "per_channel",
+    equalize: Callable[[fx.GraphModule], Any] | None = None,
 ) -> tuple[nn.Module, Placement]:
     """A copy of `model`, in eval mode, with quantizers in place, not yet calibrated; the model is not changed.
 
     `new_quantizer(name, is_edge)` makes the quantizer of one activation; `is_edge` is true at the input of the first
-    and of the last layer, whose weights get `first_last_bits` where that is given.
+    and of the last layer, whose weights get `first_last_bits` where that is given. `equalize` is shown the traced
+    network, its norms folded, before quantizers are inserted.
     """
     try:
         private = copy.deepcopy(model).eval()
@@ -90,7 +99,14 @@ def prepare(
     _untie(private)
     network, placement = trace(private)
     fold_batch_norms(network, placement)
-    _insert_quantizers(network, placement, weight_bits, new_quantizer, first_last_bits)
+    if equalize is not None:
+        equalize(network)
+
+    def new_layer(name: str, layer: nn.Module, is_edge: bool) -> QuantizedLayer:
+        bits = first_last_bits if is_edge and first_last_bits is not None else weight_bits
+        return QuantizedLayer(name, layer, bits, weight_granularity)
+
+    _insert_quantizers(network, placement, new_layer, new_quantizer)
     if not placement.layers:
         raise QuantizationError("the model has no convolution or linear layer that can be quantized")
     return network, placement
@@ -322,9 +338,8 @@ def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
 def _insert_quantizers(
     network: fx.GraphModule,
     placement: Placement,
-    weight_bits: int,
+    new_layer: NewLayer,
     new_quantizer: NewQuantizer,
-    first_last_bits: int | None,
 ) -> None:
     modules = dict(network.named_modules())
     kinds = _kinds(network.graph, modules)
@@ -346,11 +361,10 @@ def _insert_quantizers(
     for node in list(network.graph.nodes):
         if node.op == "call_module" and is_layer(modules.get(node.target)):
             is_edge = node in edges
-            bits = first_last_bits if is_edge and first_last_bits is not None else weight_bits
             source = node.args[0] if node.args else node.kwargs["input"]
             node.args, node.kwargs = (quantized(source, node, is_edge),), {}
             if node.target not in placement.layers:
-                _set_module(network, node.target, QuantizedLayer(node.target, modules[node.target], bits))
+                _set_module(network, node.target, new_layer(node.target, modules[node.target], is_edge))
                 placement.layers.append(node.target)
         elif node.target in MATMULS or node.target in ADDITIONS:
             operands = node.args[:2]
@@ -361,7 +375,7 @@ def _insert_quantizers(
             if kinds[node] == ACTIVATION:
                 placement.float_operations[_operation(node, modules)] += 1
         elif node.op == "call_module" and node.target in placement.opaque:
-            _quantize_inside(modules[node.target], node.target, placement, weight_bits, new_quantizer)
+            _quantize_inside(modules[node.target], node.target, placement, new_layer, new_quantizer)
         elif node.op not in SILENT and kinds[node] == ACTIVATION:
             if any(True for _ in _weights_of(modules.get(node.target))) and node.op == "call_module":
                 placement.float_layers.append(node.target)
@@ -371,6 +385,10 @@ def _insert_quantizers(
         owner, _, name = str(node.target).rpartition(".")
         if node.op == "get_attr" and owner in placement.layers:
             node.target = f"{owner}.layer.{name}"
+    for node in list(network.graph.nodes):
+        if _origin(node, modules) is not node:
+            node.replace_all_uses_with(_origin(node, modules))
+            network.graph.erase_node(node)
     network.graph.lint()
     network.recompile()
 
@@ -381,7 +399,7 @@ def _weights_of(module: nn.Module | None):
 
 
 def _quantize_inside(
-    opaque: nn.Module, path: str, placement: Placement, weight_bits: int, new_quantizer: NewQuantizer
+    opaque: nn.Module, path: str, placement: Placement, new_layer: NewLayer, new_quantizer: NewQuantizer
 ) -> None:
     """Integer weights and quantized inputs for the layers of a submodule that could not be traced."""
     for child_path, child in list(opaque.named_modules()):
@@ -392,7 +410,7 @@ def _quantize_inside(
             elif is_layer(layer):
                 full = ".".join(part for part in (path, child_path, name) if part)
                 quantizer = new_quantizer(f"{full}.input", False)
-                setattr(child, name, QuantizedInputLayer(quantizer, QuantizedLayer(full, layer, weight_bits)))
+                setattr(child, name, QuantizedInputLayer(quantizer, new_layer(full, layer, False)))
                 placement.layers.append(full)
                 placement.activation_quantizers.append(f"{full}.input")
 

@@ -12,7 +12,12 @@ import torch
 from torch import fx, nn
 
 from quantizers.numerics import (
+    FLOAT_BITS,
+    HALF_BITS,
+    MAX_BITS,
     QuantizationError,
+    activation_parameters,
+    activation_range,
     affine_parameters,
     along,
     check_bits,
@@ -30,33 +35,53 @@ class UncalibratedError(RuntimeError):
 
 
 class ActivationQuantizer(nn.Module):
-    """Affine, per tensor, with a range fixed by calibration. While `observer` is set it watches and changes nothing."""
+    """Per tensor, with a range fixed by calibration; of 2 to 8 bits, 16, or 32, which leaves its input as it is.
 
-    def __init__(self, name: str, bits: int):
+    While `observer` is set it watches and changes nothing.
+    """
+
+    def __init__(self, name: str, bits: int, is_symmetric: bool = False):
         super().__init__()
         self.name = name
-        self.bits = check_bits(bits, name)
+        self.bits = _check_wide_bits(bits, name)
+        self.is_symmetric = is_symmetric
         self.register_buffer("scale", torch.tensor(torch.nan))
         self.register_buffer("zero_point", torch.tensor(torch.nan))
         self.observer: Callable[[torch.Tensor], None] | None = None
         self._is_calibrated = False
 
+    def set_bits(self, bits: int) -> None:
+        """Another width; the range has to be set anew."""
+        self.bits = _check_wide_bits(bits, self.name)
+        self.scale.fill_(torch.nan)
+        self.zero_point.fill_(torch.nan)
+        self._is_calibrated = False
+
     def set_range(self, low: float, high: float) -> None:
-        """Calibrate to [low, high], widened to hold 0."""
-        scale, zero_point = affine_parameters(torch.tensor(low), torch.tensor(high), self.bits)
+        """Calibrate to [low, high], widened to hold 0; symmetric: to the least range around 0 that holds both."""
+        scale, zero_point = activation_parameters(torch.tensor(low), torch.tensor(high), self.bits, self.is_symmetric)
+        self.set_parameters(scale, zero_point)
+
+    def set_parameters(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         self._is_calibrated = False  # looked at again by the next forward
+
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest integer."""
+        return activation_range(self.bits, self.is_symmetric)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.observer is not None:
             self.observer(x)
             return x
+        if self.bits >= FLOAT_BITS:
+            return x
         if not self._is_calibrated:  # once, not in every pass: on CUDA the look costs a synchronisation
             if bool(torch.isnan(self.scale)):
                 raise UncalibratedError(f"{self.name}: used before calibration; pass calibration_data")
             self._is_calibrated = True
-        return fake_quantize(x, self.scale, self.zero_point, 0, 2**self.bits - 1)
+        return fake_quantize(x, self.scale, self.zero_point, *self.bounds())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._is_calibrated = False
@@ -90,38 +115,89 @@ class DynamicActivationQuantizer(nn.Module):
 
 
 class QuantizedLayer(nn.Module):
-    """A convolution or linear layer whose weights are integers, symmetric and per output channel.
+    """A convolution or linear layer whose weights are integers, symmetric, with a scale each output channel or one.
 
     `weight_integer` and `weight_scale` are the state; `layer.weight` holds the same values dequantized, made once by
     `quantize_weights`, so that a forward pass costs what the float one costs. Biases stay in float (int32 in an
-    engine).
+    engine). Of 16 bits the weights are float16, of 32 what they were; both then have no integers and no scale.
+
+    `float_weight` and `float_bias` are the parameters as they were before, kept from the first quantization until
+    `QuantizedModel.forget_float`, for whatever chooses the rounding, the bias or the width.
     """
 
-    def __init__(self, name: str, layer: nn.Module, bits: int):
+    def __init__(self, name: str, layer: nn.Module, bits: int, granularity: str = "per_channel"):
         super().__init__()
         self.name = name
-        self.bits = check_bits(bits, name)
         self.layer = layer
+        self.granularity = granularity
         self.axis = 1 if isinstance(layer, TRANSPOSED) else 0
         if self.axis == 1 and layer.groups > 1:
             raise QuantizationError(f"{name}: grouped transposed convolutions cannot be quantized per channel")
-        channels = layer.weight.shape[self.axis]
-        self.register_buffer("weight_scale", torch.full((channels,), torch.nan, device=layer.weight.device))
-        self.register_buffer("weight_integer", torch.zeros_like(layer.weight, dtype=torch.int8))
+        self.float_weight: torch.Tensor | None = None
+        self.float_bias: torch.Tensor | None = None
+        self.is_float = False  # compute with the float parameters: see QuantizedModel.as_float
+        self.set_bits(bits)
 
+    def set_bits(self, bits: int) -> None:
+        """Another width; the weights have to be quantized anew."""
+        self.bits = _check_wide_bits(bits, self.name)
+        weight = self.layer.weight
+        channels = 1 if self.granularity == "per_tensor" else weight.shape[self.axis]
+        is_integer = bits <= MAX_BITS
+        scale = torch.full((channels if is_integer else 0,), torch.nan, device=weight.device)
+        integer = torch.zeros_like(weight, dtype=torch.int8) if is_integer else weight.new_zeros(0, dtype=torch.int8)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_integer", integer)
+
+    @torch.no_grad()
     def quantize_weights(self, choose_scales: Callable[[torch.Tensor, int, int, str], torch.Tensor]) -> None:
-        """Round the weights onto the grid of the scales that `choose_scales(w, bits, axis, name)` gives."""
-        with torch.no_grad():
-            weight = self.layer.weight
-            self.weight_scale.copy_(choose_scales(weight, self.bits, self.axis, self.name))
-            self.weight_integer.copy_(quantize_weight(weight, self.weight_scale, self.bits, self.axis))
-            weight.copy_(dequantize_weight(self.weight_integer, self.weight_scale, self.axis))
+        """Round the float weights onto the grid of the scales that `choose_scales(w, bits, axis, name)` gives."""
+        self.keep_float()
+        if self.bits <= MAX_BITS:
+            scale = choose_scales(self.float_weight, self.bits, self.axis, self.name)
+            self.set_weights(quantize_weight(self.float_weight, scale, self.bits, self.axis), scale)
+        else:
+            self.layer.weight.copy_(self.float_weight.half() if self.bits == HALF_BITS else self.float_weight)
+            if not bool(torch.isfinite(self.layer.weight).all()):
+                raise QuantizationError(f"{self.name}: its weights are not finite in float16")
+
+    def keep_float(self) -> None:
+        if self.float_weight is None:
+            self.float_weight = self.layer.weight.detach().clone()
+            self.float_bias = None if self.layer.bias is None else self.layer.bias.detach().clone()
+
+    @torch.no_grad()
+    def set_weights(self, integer: torch.Tensor, scale: torch.Tensor) -> None:
+        """The weights that these integers and scales mean."""
+        self.weight_scale.copy_(scale)
+        self.weight_integer.copy_(integer)
+        self.layer.weight.copy_(dequantize_weight(self.weight_integer, self.weight_scale, self.axis))
+
+    @torch.no_grad()
+    def set_bias(self, bias: torch.Tensor) -> None:
+        """Give the layer this bias (O,), whether it had one or not."""
+        if self.layer.bias is None:
+            self.layer.bias = nn.Parameter(torch.zeros_like(bias))
+        self.layer.bias.copy_(bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_float and self.float_weight is not None:
+            parameters = {"weight": self.float_weight, "bias": self.float_bias}
+            return torch.func.functional_call(self.layer, parameters, (x,))
         return self.layer(x)
+
+    def weight_bytes(self) -> int:
+        """What the weights and scales take in the model's file."""
+        if self.bits > MAX_BITS:
+            return self.layer.weight.numel() * self.bits // 8
+        return -(-self.layer.weight.numel() * self.bits // 8) + 4 * self.weight_scale.numel()
 
     def extra_repr(self) -> str:
         return f"{self.name}, bits={self.bits}"
+
+
+def _check_wide_bits(bits: int, what: str) -> int:
+    return bits if bits in (HALF_BITS, FLOAT_BITS) else check_bits(bits, what)
 
 
 class QuantizedInputLayer(nn.Sequential):
@@ -162,16 +238,40 @@ class QuantizedModel(nn.Module):
         return {module.name: module for module in self.modules() if isinstance(module, ACTIVATION_QUANTIZERS)}
 
     @contextlib.contextmanager
+    def as_float(self) -> Iterator[None]:
+        """Meanwhile it computes what the float model did: no quantizer, float weights and biases."""
+        layers = self.layers().values()
+        was_float = {layer: layer.is_float for layer in layers}
+        with self.observing({name: _ignore for name in self.activation_quantizers()}):
+            try:
+                for layer in layers:
+                    layer.is_float = True
+                yield
+            finally:
+                for layer in layers:
+                    layer.is_float = was_float[layer]
+
+    def forget_float(self) -> None:
+        """Free the float parameters that the layers keep while the model is made."""
+        for layer in self.layers().values():
+            layer.float_weight = layer.float_bias = None
+
+    def widths(self) -> dict[str, int]:
+        """Bits of the weights of each layer."""
+        return {name: layer.bits for name, layer in self.layers().items()}
+
+    @contextlib.contextmanager
     def observing(self, observers: dict[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
         """Every named activation quantizer shows what passes to its observer, and changes nothing meanwhile."""
         quantizers = self.activation_quantizers()
+        before = {name: quantizers[name].observer for name in observers}
         try:
             for name, observer in observers.items():
                 quantizers[name].observer = observer
             yield
         finally:
             for name in observers:
-                quantizers[name].observer = None
+                quantizers[name].observer = before[name]
 
     # ---------------------------------------------------------------------------------------------------------- file
 
@@ -183,6 +283,11 @@ class QuantizedModel(nn.Module):
             if isinstance(module, QuantizedLayer):
                 if bool(torch.isnan(module.weight_scale).any()):
                     raise UncalibratedError(f"{module.name}: its weights are not quantized yet")
+                if module.bits > MAX_BITS:
+                    del state[f"{path}.weight_integer"], state[f"{path}.weight_scale"]
+                    if module.bits == HALF_BITS:
+                        state[f"{path}.layer.weight"] = state[f"{path}.layer.weight"].half()
+                    continue
                 del state[f"{path}.layer.weight"]
                 offset = (
                     state.pop(f"{path}.weight_integer").cpu().numpy().astype(np.int16) - weight_range(module.bits)[0]
@@ -193,7 +298,7 @@ class QuantizedModel(nn.Module):
 
     def packed_metadata(self) -> dict[str, str]:
         layers = {
-            path: {"bits": module.bits, "axis": module.axis, "shape": list(module.weight_integer.shape)}
+            path: {"bits": module.bits, "axis": module.axis, "shape": list(module.layer.weight.shape)}
             for path, module in self.named_modules()
             if isinstance(module, QuantizedLayer)
         }
@@ -209,6 +314,13 @@ class QuantizedModel(nn.Module):
         for path, module in self.named_modules():
             if not isinstance(module, QuantizedLayer):
                 continue
+            bias = state.get(f"{path}.layer.bias")
+            if bias is not None and module.layer.bias is None:  # what a bias correction gave it
+                module.set_bias(bias)
+                own[f"{path}.layer.bias"] = bias
+            if module.bits > MAX_BITS:
+                state |= {f"{path}.{name}": own[f"{path}.{name}"] for name in ("weight_integer", "weight_scale")}
+                continue
             if f"{path}.weight_packed" not in state:
                 raise QuantizationError(f"{path}: no packed weights in the file: it is of another model")
             shape = module.weight_integer.shape
@@ -222,6 +334,10 @@ class QuantizedModel(nn.Module):
         if set(state) != set(own):
             raise QuantizationError(f"the file is of another model: {sorted(set(state) ^ set(own))[0]} does not match")
         self.load_state_dict(state)
+
+
+def _ignore(x: torch.Tensor) -> None:
+    pass
 
 
 PACKED_FORMAT = "beyond-naive-quantization/packed/1"

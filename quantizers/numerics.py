@@ -1,7 +1,8 @@
 """Uniform affine quantization, q = clamp(round(x / scale) + zero_point, qmin, qmax), at any width from 2 to 8 bits.
 
-Weights: signed, symmetric (zero_point 0), the whole range -2^(b-1) … 2^(b-1) - 1. Activations: unsigned, affine,
-0 … 2^b - 1, zero always a level (Jacob et al., CVPR 2018). Rounding is to the nearest, ties to even, as in ONNX.
+Weights: signed, symmetric (zero_point 0), the whole range -2^(b-1) … 2^(b-1) - 1. Activations: affine, unsigned,
+0 … 2^b - 1, zero always a level (Jacob et al., CVPR 2018), or symmetric, signed like the weights; of layers that stay
+wide in a mixed-precision model also 16 bits. Rounding is to the nearest, ties to even, as in ONNX.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ import numpy as np
 import torch
 
 MIN_BITS, MAX_BITS = 2, 8
+HALF_BITS, FLOAT_BITS = 16, 32  # what a layer keeps that is not quantized: float16 weights, or all of it in float
 PACK_CHUNK = 1 << 20  # values packed at a time
 
 
 class QuantizationError(ValueError):
     """Quantization that cannot be done as asked; the message is one line."""
+
+
+class QuantizationWarning(UserWarning):
+    """A quantization that was done as asked, but that may not be what was meant; one line."""
 
 
 def check_bits(bits: int, what: str) -> int:
@@ -27,10 +33,24 @@ def weight_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
+def activation_range(bits: int, is_symmetric: bool = False) -> tuple[int, int]:
+    return weight_range(bits) if is_symmetric else (0, 2**bits - 1)
+
+
 def symmetric_scale(max_abs: torch.Tensor, bits: int) -> torch.Tensor:
     """The scale at which no |w| <= max_abs is off by more than scale / 2; 1 where max_abs is 0 (all weights zero)."""
     scale = max_abs / (2 ** (bits - 1) - 0.5)
     return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+
+
+def activation_parameters(
+    low: torch.Tensor, high: torch.Tensor, bits: int, is_symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero_point) of the range [low, high]; symmetric: of the least range around zero that holds both."""
+    if not is_symmetric:
+        return affine_parameters(low, high, bits)
+    scale = symmetric_scale(torch.maximum(low.abs(), high.abs()), bits)
+    return scale, torch.zeros_like(scale)
 
 
 def affine_parameters(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,16 @@
-"""How quantization ranges are chosen from what was seen: minmax, percentile, mse, entropy.
+"""How quantization ranges are chosen from what was seen: minmax, moving_average, percentile, mse, entropy.
 
-Activations are seen twice: first their extremes, then a histogram between them, so that every observer and every width
-reads the same exact statistics, whatever the batch size. Weights are seen whole, each output channel on its own.
+Activations are seen once: their extremes, and a histogram of logarithmic bins (256 an octave) that needs no range known
+beforehand, so that every observer and every width reads the same statistics, whatever the batch size. Weights are seen
+whole, each output channel on its own or all of a layer together.
 
-minmax      the extremes: nothing clipped (Jacob et al., CVPR 2018)
-percentile  the given percentile on either side (McKinstry et al., 2018; Wu et al., 2020)
-mse         the range of the least mean squared quantization error (Choukroun et al., 2019; Banner et al., 2019)
-entropy     the range of the least KL divergence of the quantized from the seen distribution (Migacz, GTC 2017)
+minmax          the extremes: nothing clipped (Jacob et al., CVPR 2018)
+moving_average  the exponential moving average of the extremes of 16 images at a time (Jacob et al., CVPR 2018)
+percentile      the given percentile on either side (McKinstry et al., 2018; Wu et al., 2020)
+mse             the range of the least mean squared quantization error (Choukroun et al., 2019; Banner et al., 2019),
+                each image's error relative to the image's own energy: in a plain mean, one image with activations ten
+                times the usual ones counts like a hundred images, and its range is everybody's
+entropy         the range of the least KL divergence of the quantized from the seen distribution (Migacz, GTC 2017)
 """
 
 from __future__ import annotations
@@ -16,39 +20,81 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from quantizers.numerics import QuantizationError, along, symmetric_scale, weight_range
+from quantizers.numerics import MAX_BITS, QuantizationError, along, symmetric_scale, weight_range
 
-OBSERVERS = ("minmax", "percentile", "mse", "entropy")
-BINS = 4096
+OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "entropy")
+WEIGHT_OBSERVERS = ("minmax", "percentile", "mse", "entropy")
+HISTOGRAM_OBSERVERS = ("percentile", "mse", "entropy")
+GRANULARITIES = ("per_channel", "per_tensor")
 ENTROPY_BINS = 2048
-HISTOGRAM_CHUNK = 1 << 23  # values counted at a time: torch.histc counts in float32, exact up to 2^24
+AVERAGED_IMAGES = 16  # images whose common extremes are one term of the moving average
+AVERAGING = 0.1  # weight of the newest term
 WEIGHT_CHUNK = 1 << 16  # weights searched at a time, so that they stay in the processor's cache
+
+# A bin is the upper 14 bits of a value's float16 code: sign, 5 bits of exponent, 8 of mantissa.
+BINS = 1 << 14
+_FIRST_IMAGE_MAX = 6  # values are scaled by a power of two: the first image's largest to 2^6, of 2^16 that float16 has
+
+
+def _bin_edges() -> tuple[np.ndarray, np.ndarray]:
+    """Ends nearer to and farther from zero of the bins of positive values (BINS / 2,)."""
+    code = np.arange(BINS // 2 + 1)
+    exponent, mantissa = code >> 8, (code & 255) / 256
+    value = np.where(exponent == 0, mantissa * 2.0**-14, (1 + mantissa) * 2.0 ** (exponent - 15.0))
+    value = np.minimum(value, 65536.0)  # infinity: beyond the scaled range
+    return value[:-1], value[1:]
+
+
+_NEAR, _FAR = _bin_edges()
+LOWER = np.concatenate([-_FAR[::-1], _NEAR])  # ends of all bins, (BINS,), ascending
+UPPER = np.concatenate([-_NEAR[::-1], _FAR])
+ORDER = np.concatenate([np.arange(BINS - 1, BINS // 2 - 1, -1), np.arange(BINS // 2)])  # codes of the ascending bins
+# Where in its bin a value is taken to be: spread (golden ratio), for at the same place of each bin, such as its middle,
+# all of them would fall on the grid of a quantizer whose scale is a power of two.
+_PLACE = np.modf(np.arange(BINS // 2) * 0.6180339887498949)[0]
+_VALUE = _NEAR + _PLACE * (_FAR - _NEAR)
+_VALUE[0] = 0.0  # zero, and what is a million times smaller than the largest
+VALUES = np.concatenate([-_VALUE[::-1], _VALUE])
 
 
 class ActivationStatistics:
-    """Extremes, then the histogram, of one activation tensor over the calibration set."""
+    """Extremes and histograms of one activation tensor over the calibration set; dimension 0 is the image."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, with_histogram: bool = True):
         self.name = name
+        self.with_histogram = with_histogram
         self.low: torch.Tensor | None = None
         self.high: torch.Tensor | None = None
-        self.histogram: torch.Tensor | None = None  # (BINS,) float64
+        self.images = 0
+        self._lows: list[torch.Tensor] = []  # of each image
+        self._highs: list[torch.Tensor] = []
+        self._counts: torch.Tensor | None = None  # (2, BINS) float64: values; values over the energy of their image
+        self._exponent: int | None = None
 
-    def observe_extremes(self, x: torch.Tensor) -> None:
-        low, high = torch.aminmax(x.detach().float())
+    def observe(self, x: torch.Tensor) -> None:
+        """Take note of activations (n, …)."""
+        x_NK = x.detach().float().reshape(x.shape[0], -1)
+        low_N, high_N = torch.aminmax(x_NK, dim=1)
+        low, high = low_N.min(), high_N.max()
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.images += len(x_NK)
+        self._lows.append(low_N)
+        self._highs.append(high_N)
+        if self.with_histogram:
+            self._count(x_NK, torch.maximum(low_N.abs(), high_N.abs()))
 
-    def observe_histogram(self, x: torch.Tensor) -> None:
-        low, high = self.bounds()
-        if low == high:
-            counts = torch.zeros(BINS, dtype=torch.float64)
-            counts[0] = x.numel()
-        else:
-            counts = torch.zeros(BINS, dtype=torch.float64)
-            for part in x.detach().float().flatten().split(HISTOGRAM_CHUNK):
-                counts += torch.histc(part, bins=BINS, min=low, max=high).double().cpu()
-        self.histogram = counts if self.histogram is None else self.histogram + counts
+    def _count(self, x_NK: torch.Tensor, largest_N: torch.Tensor) -> None:
+        if self._exponent is None:  # images that are all zero fall into the bin of zero whatever the factor
+            usable = largest_N[(largest_N > 0) & torch.isfinite(largest_N)]
+            if len(usable):
+                self._exponent = _FIRST_IMAGE_MAX - int(np.ceil(np.log2(float(usable[0]))))
+        factor = 1.0 if self._exponent is None else 2.0**self._exponent
+        codes_NK = ((x_NK * factor).half().view(torch.int16).int() & 0xFFFF) >> 2
+        energy_N = x_NK.square().mean(dim=1, dtype=torch.float64)
+        weight_N = torch.where(energy_N > 0, 1 / energy_N, 0.0).nan_to_num(0.0, 0.0, 0.0)
+        counts = _histograms(codes_NK, weight_N).cpu()
+        self._counts = counts if self._counts is None else self._counts + counts
 
     def bounds(self) -> tuple[float, float]:
         """The extremes; QuantizationError if nothing, or something that is not finite, was seen."""
@@ -61,65 +107,168 @@ class ActivationStatistics:
             )
         return low, high
 
-    def range(self, observer: str, bits: int, percentile: float) -> tuple[float, float]:
-        """The range [low, high], 0 within, that `observer` chooses for a width of `bits`."""
+    def is_silent(self) -> bool:
+        """Whether every activation seen was zero."""
+        return self.bounds() == (0.0, 0.0)
+
+    def range(self, observer: str, bits: int, percentile: float, is_symmetric: bool = False) -> tuple[float, float]:
+        """The range [low, high], 0 within, that `observer` chooses for a width of `bits`; symmetric: [-high, high]."""
         low, high = self.bounds()
         low, high = min(low, 0.0), max(high, 0.0)
-        if observer == "minmax" or low == high:
-            return low, high
-        assert self.histogram is not None, "observers other than minmax read the histogram"
-        edges = np.linspace(*self.bounds(), BINS + 1)
-        centres, counts = (edges[:-1] + edges[1:]) / 2, self.histogram.numpy()
+        if observer == "moving_average":
+            low, high = self._averaged_extremes()
+        elif observer != "minmax" and bits <= MAX_BITS and low < high:
+            low, high = self._searched_range(observer, bits, percentile, is_symmetric, low, high)
+        return (-max(-low, high), max(-low, high)) if is_symmetric else (low, high)
+
+    def _averaged_extremes(self) -> tuple[float, float]:
+        """A term of age t weighs AVERAGING (1 - AVERAGING)^t over the sum of them all: the first is not favoured."""
+        lows, highs = torch.cat(self._lows), torch.cat(self._highs)
+        terms = [
+            (float(part_low.min()), float(part_high.max()))
+            for part_low, part_high in zip(lows.split(AVERAGED_IMAGES), highs.split(AVERAGED_IMAGES), strict=True)
+        ]
+        weights = (1 - AVERAGING) ** np.arange(len(terms) - 1, -1, -1)
+        low, high = np.average(np.array(terms), axis=0, weights=weights)
+        return min(float(low), 0.0), max(float(high), 0.0)
+
+    def histogram(self, is_relative: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(lower ends, upper ends, values, counts) of the bins that are not empty, ascending; relative: each image's
+        counts divided by the mean square of its activations."""
+        assert self._counts is not None, "observers other than minmax and moving_average read the histogram"
+        counts = self._counts[int(is_relative)].numpy()[ORDER]
+        seen = counts > 0
+        factor = 1.0 if self._exponent is None else 2.0**-self._exponent
+        low, high = self.bounds()
+        return (
+            np.clip(LOWER[seen] * factor, low, high),
+            np.clip(UPPER[seen] * factor, low, high),
+            np.clip(VALUES[seen] * factor, low, high),
+            counts[seen],
+        )
+
+    def _searched_range(
+        self, observer: str, bits: int, percentile: float, is_symmetric: bool, low: float, high: float
+    ) -> tuple[float, float]:
+        lower, upper, values, counts = self.histogram(is_relative=observer == "mse")
         if observer == "percentile":
-            return percentile_range(edges, counts, percentile)
+            return percentile_range(lower, upper, counts, percentile)
         if observer == "mse":
-            return mse_range(centres, counts, low, high, bits)
+            return mse_range(values, counts, low, high, bits, is_symmetric)
         if observer == "entropy":
-            return entropy_range(centres, counts, low, high, bits)
+            if is_symmetric:
+                low, high = -max(-low, high), max(-low, high)
+            edges = np.linspace(low, high, ENTROPY_BINS + 1)
+            return entropy_range((edges[:-1] + edges[1:]) / 2, spread(lower, upper, counts, edges), low, high, bits)
         raise QuantizationError(f"unknown observer {observer!r}; choose from {', '.join(OBSERVERS)}")
 
 
-def percentile_range(edges: np.ndarray, counts: np.ndarray, percentile: float) -> tuple[float, float]:
-    """The quantiles 1 - p and p of the histogram, widened to hold 0."""
+def _histograms(codes_NK: torch.Tensor, weight_N: torch.Tensor) -> torch.Tensor:
+    """(2, BINS) float64: counts of the codes, and counts weighted by image."""
+    if codes_NK.is_cuda:  # weighted counting adds in any order there; integers have one sum
+        rows = torch.arange(len(codes_NK), device=codes_NK.device)[:, None]
+        counts_NB = torch.bincount((codes_NK + BINS * rows).flatten(), minlength=BINS * len(codes_NK))
+        counts_NB = counts_NB.view(-1, BINS).double()
+        return torch.stack([counts_NB.sum(dim=0), weight_N @ counts_NB])
+    codes, weights = codes_NK.flatten(), weight_N.repeat_interleave(codes_NK.shape[1])
+    return torch.stack([torch.bincount(codes, minlength=BINS).double(), torch.bincount(codes, weights, minlength=BINS)])
+
+
+def percentile_range(
+    lower: np.ndarray, upper: np.ndarray, counts: np.ndarray, percentile: float
+) -> tuple[float, float]:
+    """The quantiles 1 - p and p of a histogram of ascending bins, widened to hold 0."""
     cumulative = np.concatenate([[0.0], np.cumsum(counts)]) / counts.sum()
     share = percentile / 100
-    low, high = np.interp([1 - share, share], cumulative, edges)
-    return min(float(low), 0.0), max(float(high), 0.0)
+    first = int(np.searchsorted(cumulative, 1 - share, side="right")) - 1
+    last = int(np.searchsorted(cumulative, share, side="left")) - 1
+    first, last = min(max(first, 0), len(counts) - 1), min(max(last, 0), len(counts) - 1)
+
+    def inside(place: int, quantile: float) -> float:
+        part = (quantile - cumulative[place]) / (cumulative[place + 1] - cumulative[place])
+        return float(lower[place] + min(max(part, 0.0), 1.0) * (upper[place] - lower[place]))
+
+    return min(inside(first, 1 - share), 0.0), max(inside(last, share), 0.0)
+
+
+def spread(lower: np.ndarray, upper: np.ndarray, counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The histogram over other `edges`, each bin's mass spread evenly over it."""
+    ends = np.unique(np.concatenate([lower, upper]))
+    width = np.maximum(upper - lower, np.finfo(float).tiny)
+
+    def below(x: np.ndarray) -> np.ndarray:
+        """The mass below each x: whole bins, and the part of the bin that holds it."""
+        place = np.searchsorted(lower, x, side="right") - 1
+        whole = np.concatenate([[0.0], np.cumsum(counts)])
+        at = place.clip(0)
+        part = np.clip((x - lower[at]) / width[at], 0.0, 1.0)
+        return np.where(place < 0, 0.0, whole[at] + part * counts[at])
+
+    assert ends[0] >= edges[0] - 1e-9 * abs(edges[0]) and ends[-1] <= edges[-1] + 1e-9 * abs(edges[-1])
+    cumulative = below(edges)
+    cumulative[0], cumulative[-1] = 0.0, counts.sum()
+    return np.diff(cumulative)
 
 
 def mse_range(
-    centres: np.ndarray, counts: np.ndarray, low: float, high: float, bits: int, candidates: int = 48, rounds: int = 3
+    values: np.ndarray,
+    counts: np.ndarray,
+    low: float,
+    high: float,
+    bits: int,
+    is_symmetric: bool = False,
+    candidates: int = 16,
+    rounds: int = 4,
 ) -> tuple[float, float]:
-    """The clipping range of the least squared error: its two ends searched in turn, each round finer than the last."""
-    seen = counts > 0
-    centres, counts = centres[seen], counts[seen]
-    best = (low, high)
-    span = 1.0
+    """The clipping range of the least squared error: the best of a coarse grid, then each end in turn, ever finer.
+
+    The grid is geometric, down to a 2000th of [low, high] on either side: one image may have set these.
+    """
+    shares = np.geomspace(1.0, 1 / 2000, 4 * candidates if is_symmetric or low == 0 or high == 0 else candidates)
+    step = shares[0] / shares[1]
+    if is_symmetric:
+        ends = shares * max(-low, high)
+        best = ends[_histogram_errors(values, counts, -ends, ends, bits, True).argmin()]
+        for _ in range(rounds):
+            ends = best * np.geomspace(1 / step, step, candidates + 1)  # the middle one: as it is
+            best = ends[_histogram_errors(values, counts, -ends, ends, bits, True).argmin()]
+            step **= 0.25
+        return -float(best), float(best)
+    lows, highs = (np.unique(shares * end) for end in (low, high))
+    lows, highs = (grid.ravel() for grid in np.meshgrid(lows, highs))
+    chosen = _histogram_errors(values, counts, lows, highs, bits, False).argmin()
+    best_low, best_high = lows[chosen], highs[chosen]
     for _ in range(rounds):
-        for end in (1, 0):
-            if best[end] == 0.0:
-                continue
-            limit = (low, high)[end]
-            share = best[end] / limit
-            shares = np.clip(np.linspace(share - span, share + span, candidates), 0.01, 1.0)
-            shares = np.unique(np.append(shares, share))
-            ends = shares * limit
-            lows, highs = (np.full_like(ends, best[0]), ends) if end else (ends, np.full_like(ends, best[1]))
-            best_end = float(ends[_histogram_errors(centres, counts, lows, highs, bits).argmin()])
-            best = (best[0], best_end) if end else (best_end, best[1])
-        span /= 8
-    return best
+        around = np.geomspace(1 / step, step, candidates + 1)
+        ends = (best_high * around).clip(max=high)
+        errors = _histogram_errors(values, counts, np.full_like(ends, best_low), ends, bits, False)
+        best_high = ends[errors.argmin()]
+        ends = (best_low * around).clip(min=low)
+        errors = _histogram_errors(values, counts, ends, np.full_like(ends, best_high), bits, False)
+        best_low = ends[errors.argmin()]
+        step **= 0.25
+    return float(best_low), float(best_high)
 
 
 def _histogram_errors(
-    centres: np.ndarray, counts: np.ndarray, lows: np.ndarray, highs: np.ndarray, bits: int
+    values: np.ndarray, counts: np.ndarray, lows: np.ndarray, highs: np.ndarray, bits: int, is_symmetric: bool
 ) -> np.ndarray:
     """Squared quantization error of the histogram for each candidate range (C,)."""
-    levels = 2**bits - 1
-    scale = ((highs - lows) / levels)[:, None]
-    zero_point = np.round(-lows[:, None] / scale).clip(0, levels)
-    quantized = np.round(centres / scale).clip(-zero_point, levels - zero_point) * scale
-    return ((quantized - centres) ** 2) @ counts
+    if is_symmetric:
+        qmin, qmax = weight_range(bits)
+        scale = np.maximum(-lows, highs)[:, None] / (qmax + 0.5)
+    else:
+        levels = 2**bits - 1
+        scale = ((highs - lows) / levels)[:, None]
+        zero_point = np.round(-lows[:, None] / scale).clip(0, levels)
+        qmin, qmax = -zero_point, levels - zero_point
+    quantized = np.divide(values, scale, dtype=np.float32)
+    np.rint(quantized, out=quantized)
+    np.clip(quantized, qmin, qmax, out=quantized)
+    quantized *= scale.astype(np.float32)
+    quantized -= values.astype(np.float32)
+    np.square(quantized, out=quantized)
+    return quantized @ counts.astype(np.float32)
 
 
 def entropy_range(
@@ -167,18 +316,22 @@ def entropy_range(
 
 @dataclass(frozen=True)
 class WeightObserver:
-    """Chooses the per-channel scales of a weight tensor."""
+    """Chooses the scales of a weight tensor: one for each output channel, or one."""
 
     observer: str = "mse"
     percentile: float = 99.99
+    granularity: str = "per_channel"
 
     def scales(self, w: torch.Tensor, bits: int, axis: int, name: str) -> torch.Tensor:
-        """(O,) float32 scales, O = w.shape[axis]. QuantizationError for weights that are not finite."""
+        """(O,) float32 scales, O = w.shape[axis], or (1,) per tensor. QuantizationError for weights that are not
+        finite."""
         w_OK = w.detach().float().movedim(axis, 0).reshape(w.shape[axis], -1)
+        if self.granularity == "per_tensor":
+            w_OK = w_OK.reshape(1, -1)
         if not bool(torch.isfinite(w_OK).all()):
             raise QuantizationError(f"{name}: its weights are not finite")
         max_abs = w_OK.abs().amax(dim=1)
-        if self.observer == "minmax":
+        if self.observer == "minmax" or bits > MAX_BITS:
             return symmetric_scale(max_abs, bits)
         if self.observer == "percentile":
             return symmetric_scale(_row_percentile(w_OK.abs(), self.percentile), bits)
@@ -188,7 +341,7 @@ class WeightObserver:
         elif self.observer == "entropy":
             parts = [entropy_scales(part, bits) for part in w_OK.split(rows)]
         else:
-            raise QuantizationError(f"unknown observer {self.observer!r}; choose from {', '.join(OBSERVERS)}")
+            raise QuantizationError(f"unknown observer {self.observer!r}; choose from {', '.join(WEIGHT_OBSERVERS)}")
         return torch.cat(parts)
 
 

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from evaluation import device_of, eval_mode
-from quantizers.calibration import calibrate
+from quantizers.bias_correction import correct_biases
+from quantizers.calibration import Statistics, check_images, observe, set_ranges
+from quantizers.equalization import equalize
 from quantizers.graph import prepare
 from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, QuantizedModel
-from quantizers.numerics import QuantizationError
-from quantizers.observers import WeightObserver
+from quantizers.numerics import QuantizationError, QuantizationWarning
+from quantizers.observers import HISTOGRAM_OBSERVERS, WeightObserver
 
 SAME_FUNCTION = 0.01  # the most that tracing and folding may change the logits by, relatively; rounding changes 1e-5
+
+Progress = Callable[[str, float], None]  # what is being done, and the share that is
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized, beside its widths; the keys of the config's ptq_static section."""
+
+    observer: str = "mse"
+    weight_observer: str = "mse"
+    percentile: float = 99.99
+    first_last_bits: int | None = None
+    weight_granularity: str = "per_channel"
+    activation_scheme: str = "affine"
+    equalize: bool = False
+    bias_correction: bool = False
+    rounding: str = "nearest"
+    reconstruction_unit: str = "block"
+    reconstruction_iterations: int = 500
+    learn_activation_scales: bool = True
+    seed: int = 0
+
+    def weight_scales(self) -> WeightObserver:
+        return WeightObserver(self.weight_observer, self.percentile, self.weight_granularity)
 
 
 def ptq_static(
@@ -21,20 +53,16 @@ def ptq_static(
     *,
     weight_bits: int,
     activation_bits: int,
-    observer: str = "mse",
-    weight_observer: str = "mse",
-    percentile: float = 99.99,
-    first_last_bits: int | None = None,
+    progress: Progress | None = None,
+    **recipe,
 ) -> QuantizedModel:
-    """Integer weights and fixed activation ranges, chosen by `observer` from calibration `images` (n, 3, H, W)."""
-
-    def new_quantizer(name: str, is_edge: bool) -> nn.Module:
-        return ActivationQuantizer(name, first_last_bits if is_edge and first_last_bits else activation_bits)
-
-    quantized = _attach(model, "ptq_static", weight_bits, activation_bits, new_quantizer, first_last_bits)
-    _check_same_function(model, quantized, images[:2])
-    calibrate(quantized, images, observer, percentile)
-    _quantize_weights(quantized, WeightObserver(weight_observer, percentile))
+    """Integer weights and fixed activation ranges, chosen from calibration `images` (n, 3, H, W) as `Recipe` says."""
+    recipe = Recipe(**recipe)
+    check_images(images)
+    quantized = attach(model, images, "ptq_static", weight_bits, activation_bits, recipe)
+    statistics = observe_activations(quantized, images, recipe)
+    quantize(quantized, statistics, images, recipe, progress)
+    quantized.forget_float()
     return quantized
 
 
@@ -44,37 +72,105 @@ def ptq_dynamic(
     *,
     weight_bits: int,
     activation_bits: int,
-    weight_observer: str = "mse",
-    percentile: float = 99.99,
-    first_last_bits: int | None = None,
+    **recipe,
 ) -> QuantizedModel:
     """Integer weights; activation ranges are each image's own extremes (dimension 0), found at run time.
 
     Needs no data; where `images` are given, the traced network is checked against the model on two of them.
     """
-
-    def new_quantizer(name: str, is_edge: bool) -> nn.Module:
-        return DynamicActivationQuantizer(name, first_last_bits if is_edge and first_last_bits else activation_bits)
-
-    quantized = _attach(model, "ptq_dynamic", weight_bits, activation_bits, new_quantizer, first_last_bits)
-    if images is not None:
-        _check_same_function(model, quantized, images[:2])
-    _quantize_weights(quantized, WeightObserver(weight_observer, percentile))
+    recipe = Recipe(**recipe)
+    quantized = attach(model, images, "ptq_dynamic", weight_bits, activation_bits, recipe, is_dynamic=True)
+    quantize_weights(quantized, recipe)
+    quantized.forget_float()
     return quantized
 
 
-def _attach(model, method, weight_bits, activation_bits, new_quantizer, first_last_bits) -> QuantizedModel:
-    network, placement = prepare(model, weight_bits, new_quantizer, first_last_bits)
+def attach(
+    model: nn.Module,
+    images: torch.Tensor | None,
+    method: str,
+    weight_bits: int,
+    activation_bits: int,
+    recipe: Recipe,
+    is_dynamic: bool = False,
+) -> QuantizedModel:
+    """A copy of the model with layers and quantizers in place, nothing quantized yet; it computes what the model does,
+    of which `images`, where there are some, are the proof."""
+
+    def new_quantizer(name: str, is_edge: bool) -> nn.Module:
+        bits = recipe.first_last_bits if is_edge and recipe.first_last_bits else activation_bits
+        if is_dynamic:
+            return DynamicActivationQuantizer(name, bits)
+        return ActivationQuantizer(name, bits, recipe.activation_scheme == "symmetric")
+
+    sample = None if images is None else images[:2].to(device_of(model))
+    network, placement = prepare(
+        model,
+        weight_bits,
+        new_quantizer,
+        recipe.first_last_bits,
+        weight_granularity=recipe.weight_granularity,
+        equalize=functools.partial(equalize, sample=sample) if recipe.equalize else None,
+    )
     description = {"method": method, "weight_bits": weight_bits, "activation_bits": activation_bits}
-    return QuantizedModel(network, placement, description).to(device_of(model)).eval()
+    quantized = QuantizedModel(network, placement, description).to(device_of(model)).eval()
+    if images is not None:
+        _check_same_function(model, quantized, images[:2])
+    return quantized
+
+
+def observe_activations(quantized: QuantizedModel, images: torch.Tensor, recipe: Recipe) -> Statistics:
+    statistics = observe(quantized, images, recipe.observer in HISTOGRAM_OBSERVERS)
+    silent = [name for name, seen in statistics.items() if seen.is_silent()]
+    if silent:
+        warnings.warn(
+            f"{len(silent)} of {len(statistics)} activations are zero on all {len(images)} calibration images "
+            f"({', '.join(silent[:3])}{', …' if len(silent) > 3 else ''}): their scale is 1, which means nothing; "
+            "calibrate on other or more images if they matter",
+            QuantizationWarning,
+            stacklevel=2,
+        )
+    return statistics
+
+
+def quantize(
+    quantized: QuantizedModel,
+    statistics: Statistics,
+    images: torch.Tensor,
+    recipe: Recipe,
+    progress: Progress | None = None,
+) -> None:
+    """Set the ranges, then the weights, then what is learned or corrected on top of them."""
+    set_ranges(quantized, statistics, recipe.observer, recipe.percentile)
+    quantize_weights(quantized, recipe)
+    if recipe.rounding == "adaround":
+        from quantizers.reconstruction import reconstruct
+
+        report = reconstruct(
+            quantized,
+            images,
+            unit=recipe.reconstruction_unit,
+            iterations=recipe.reconstruction_iterations,
+            learn_activation_scales=recipe.learn_activation_scales,
+            seed=recipe.seed,
+            progress=progress,
+        )
+        quantized.description["reconstruction"] = dataclasses.asdict(report)
+    if recipe.bias_correction:
+        quantized.description["bias_correction_images"] = correct_biases(quantized, images, progress=progress)
+
+
+def quantize_weights(quantized: QuantizedModel, recipe: Recipe) -> None:
+    choose_scales = recipe.weight_scales().scales
+    for layer in quantized.layers().values():
+        layer.quantize_weights(choose_scales)
 
 
 def _check_same_function(model: nn.Module, quantized: QuantizedModel, images: torch.Tensor) -> None:
     """QuantizationError unless the traced, folded, not yet quantized network does what the model does."""
     images = images.to(device_of(model))
-    silent = {name: _ignore for name in quantized.activation_quantizers()}  # they change nothing meanwhile
     try:
-        with torch.no_grad(), eval_mode(model), quantized.observing(silent):
+        with torch.no_grad(), eval_mode(model), quantized.as_float():
             expected, traced = model(images.clone()), quantized(images.clone())
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise QuantizationError(
@@ -90,12 +186,3 @@ def _check_same_function(model: nn.Module, quantized: QuantizedModel, images: to
             f"the traced model gives other outputs than the model (off by {off:.1%}): it changes a tensor in place "
             "through another name, or depends on something beside its input; write such operations out of place"
         )
-
-
-def _ignore(x: torch.Tensor) -> None:
-    pass
-
-
-def _quantize_weights(quantized: QuantizedModel, observer: WeightObserver) -> None:
-    for layer in quantized.layers().values():
-        layer.quantize_weights(observer.scales)

@@ -1,5 +1,8 @@
 """The public API: apply_quantization and compare_quantization_methods, for a user's own model and loader."""
 
+import re
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +11,7 @@ from torch import nn
 
 from fairness_metrics import compute_fairness_metrics
 from quantization import METHODS, QuantizationError, apply_quantization, compare_quantization_methods
+from quantizers.numerics import QuantizationWarning
 
 
 class UsersModel(nn.Module):
@@ -155,13 +159,45 @@ def test_bad_models_and_data_are_named(model, loader):
         apply_quantization(model, "bias_aware", 8, no_groups)
 
 
-def test_constant_images_and_dead_layers_give_finite_models(model, loader):
-    constant = [{**loader[0], "image": torch.zeros_like(loader[0]["image"])}]
-    assert torch.isfinite(logits(apply_quantization(model, "ptq_static", 4, constant), loader)).all()
+def _with_nan(images):
+    images = images.clone()
+    images[3, 0, 1, 1] = torch.nan
+    return images
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.zeros_like, "every pixel is 0; give real images"),
+        (lambda images: images[:1].expand_as(images), "images are the same; ranges need different ones"),
+        (_with_nan, "image 3 has values that are not finite (1 of "),
+        (lambda images: images[:0], "is empty: give at least one batch of images"),
+    ],
+)
+def test_calibration_images_that_no_range_can_come_from_are_refused(model, loader, change, message):
+    spoiled = [{**loader[0], "image": change(loader[0]["image"])}]
+    with pytest.raises(QuantizationError, match=re.escape(message)) as raised:
+        apply_quantization(model, "ptq_static", 4, spoiled)
+    assert "\n" not in str(raised.value)
+
+
+def test_fewer_calibration_images_than_asked_for_are_used_with_a_warning(model, loader):
+    with pytest.warns(QuantizationWarning, match="holds 17 images, fewer than the 256 of calibration_samples"):
+        few = apply_quantization(model, "ptq_static", 4, loader[2:], calibration_samples=256)
+    exact = apply_quantization(model, "ptq_static", 4, loader[2:], calibration_samples=17)
+    torch.testing.assert_close(logits(few, loader), logits(exact, loader), rtol=0, atol=0)
+
+
+def test_a_dead_layer_gives_a_finite_model_and_a_warning(model, loader):
     model.shortcut.weight.data.zero_()
     model.shortcut.bias.data.zero_()
     for method in ("ptq_static", "ptq_dynamic"):
-        quantized = apply_quantization(model, method, 4, loader)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quantized = apply_quantization(model, method, 4, loader)
+        silent = [str(w.message) for w in caught if "activations are zero" in str(w.message)]
+        assert len(silent) == (method == "ptq_static")
+        assert all("(shortcut)" in message for message in silent)
         assert torch.isfinite(logits(quantized, loader)).all()
         assert (quantized.layers()["shortcut"].weight_integer == 0).all()
 

@@ -78,7 +78,7 @@ def test_minmax_weights_are_off_by_at_most_half_a_scale(bits):
 
 
 def test_weights_all_zero_stay_zero():
-    for observer in observers.OBSERVERS:
+    for observer in observers.WEIGHT_OBSERVERS:
         scale = observers.WeightObserver(observer).scales(torch.zeros(3, 5), 4, 0, "w")
         assert torch.isfinite(scale).all() and (scale > 0).all()
         assert (numerics.quantize_weight(torch.zeros(3, 5), scale, 4, 0) == 0).all()
@@ -111,12 +111,10 @@ def test_widths_outside_2_to_8_are_refused(bits):
 # ----------------------------------------------------------------------------------------------------------- observers
 
 
-def statistics_of(x: torch.Tensor, batch: int) -> observers.ActivationStatistics:
+def statistics_of(x_NK: torch.Tensor, batch: int = 64) -> observers.ActivationStatistics:
     statistics = observers.ActivationStatistics("x")
-    for part in x.split(batch):
-        statistics.observe_extremes(part)
-    for part in x.split(batch):
-        statistics.observe_histogram(part)
+    for part in x_NK.split(batch):
+        statistics.observe(part)
     return statistics
 
 
@@ -124,55 +122,128 @@ def test_statistics_do_not_depend_on_the_batch_size():
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     whole, parts = statistics_of(x, 300), statistics_of(x, 7)
     assert whole.bounds() == parts.bounds() == (float(x.min()), float(x.max()))
-    assert torch.equal(whole.histogram, parts.histogram)
-    assert whole.histogram.sum() == x.numel()
+    assert whole.images == parts.images == 300
+    for is_relative in (False, True):
+        a, b = whole.histogram(is_relative)[3], parts.histogram(is_relative)[3]
+        assert np.allclose(a, b, rtol=1e-6)
+    assert whole.histogram()[3].sum() == x.numel()
+    for observer in observers.OBSERVERS:
+        assert whole.range(observer, 4, 99.0) == pytest.approx(parts.range(observer, 4, 99.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1.0, 3e7, 1e30])
+def test_the_histogram_holds_every_value_within_its_bin_whatever_the_scale(factor):
+    x = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)) * factor
+    lower, upper, values, counts = statistics_of(x).histogram()
+    assert counts.sum() == x.numel()
+    assert (lower <= values).all() and (values <= upper).all()
+    assert (upper[:-1] <= lower[1:] + 1e-9 * factor).all()
+    ordered = np.sort(x.numpy().astype(np.float64), axis=None)
+    seen = np.repeat(values, counts.astype(int))
+    assert np.abs(seen - ordered).max() <= 2**-7 * np.abs(ordered).max()  # one of 256 to the octave
+    big = np.abs(ordered) > 1e-3 * np.abs(ordered).max()
+    assert np.abs(seen[big] / ordered[big] - 1).max() < 2**-7
+
+
+def test_later_images_may_be_larger_than_the_first():
+    x = torch.cat([torch.full((1, 10), 1e-3), torch.zeros(1, 10), torch.linspace(-1, 1, 10)[None]])
+    *_, values, counts = statistics_of(x, 1).histogram()
+    assert counts.sum() == 30
+    assert values[[0, -1]] == pytest.approx([-1, 1], rel=1e-2)
 
 
 def test_minmax_clips_nothing_and_holds_zero():
-    assert statistics_of(torch.tensor([2.0, 5.0]), 1).range("minmax", 8, 99.0) == (0.0, 5.0)
-    assert statistics_of(torch.tensor([-2.0, -1.0]), 1).range("minmax", 8, 99.0) == (-2.0, 0.0)
+    assert statistics_of(torch.tensor([[2.0, 5.0]])).range("minmax", 8, 99.0) == (0.0, 5.0)
+    assert statistics_of(torch.tensor([[-2.0, -1.0]])).range("minmax", 8, 99.0) == (-2.0, 0.0)
+    assert statistics_of(torch.tensor([[-2.0, 1.0]])).range("minmax", 8, 99.0, is_symmetric=True) == (-2.0, 2.0)
+
+
+def test_moving_average_by_hand():
+    x = torch.zeros(40, 2)  # three terms: 16, 16 and 8 images
+    x[3, 0], x[20, 0], x[39, 1] = 1.0, 10.0, -2.0
+    weights = np.array([0.81, 0.9, 1.0]) / 2.71
+    low, high = statistics_of(x, 7).range("moving_average", 8, 99.0)
+    assert high == pytest.approx(weights @ [1, 10, 0]) and low == pytest.approx(-2 * weights[2])
 
 
 def test_percentile_leaves_out_the_tails():
-    x = torch.linspace(-1, 1, 100_001)
-    low, high = statistics_of(x, 5000).range("percentile", 8, 90.0)
+    x = torch.linspace(-1, 1, 100_000).reshape(100, -1)
+    low, high = statistics_of(x).range("percentile", 8, 90.0)
     assert low == pytest.approx(-0.8, abs=1e-3) and high == pytest.approx(0.8, abs=1e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("kind", ["normal", "relu", "outlier", "skewed"])
-def test_mse_range_beats_minmax_and_a_grid(bits, kind):
-    x = torch.randn(20_000, generator=torch.Generator().manual_seed(1))
-    x = {"normal": x, "relu": x.relu(), "outlier": torch.cat([x, torch.tensor([60.0])]), "skewed": x.exp() - 1}[kind]
-    statistics = statistics_of(x, 4096)
+@pytest.mark.parametrize("is_symmetric", [False, True])
+def test_mse_range_beats_minmax_and_a_grid(bits, kind, is_symmetric):
+    x = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(1))
+    x = {"normal": x, "relu": x.relu(), "outlier": torch.cat([x, torch.tensor([[60.0]])], 1), "skewed": x.exp() - 1}[
+        kind
+    ]
+    statistics = statistics_of(x)
 
     def error(bounds) -> float:
-        scale, zero_point = affine_parameters(torch.tensor(bounds[0]), torch.tensor(bounds[1]), bits)
-        return float((fake_quantize(x, scale, zero_point, 0, 2**bits - 1) - x).square().mean())
+        ends = torch.tensor(bounds[0]), torch.tensor(bounds[1])
+        scale, zero_point = numerics.activation_parameters(*ends, bits, is_symmetric)
+        bounds = numerics.activation_range(bits, is_symmetric)
+        return float((fake_quantize(x, scale, zero_point, *bounds) - x).square().mean())
 
     low, high = statistics.bounds()
-    found = error(statistics.range("mse", bits, 99.0))
+    found = error(statistics.range("mse", bits, 99.0, is_symmetric))
     shares = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
     grid = min(error((min(low, 0) * a, max(high, 0) * b)) for a, b in itertools.product(shares, shares))
     assert found <= error((low, high)) * 1.001
-    assert found <= grid * 1.02
+    assert found <= grid * 1.03
+
+
+def test_one_image_with_huge_activations_does_not_set_the_mse_range_of_all():
+    usual = torch.randn(63, 400, generator=torch.Generator().manual_seed(3)).relu()
+    odd = 40 * torch.randn(1, 400, generator=torch.Generator().manual_seed(4)).relu()
+    statistics = statistics_of(torch.cat([usual, odd]))
+    *_, values, counts = statistics.histogram()
+    plain = observers.mse_range(values, counts, *statistics.bounds(), 4)  # of whose squares the odd one's are 96 %
+    assert plain[1] > 5 * statistics_of(usual).range("mse", 4, 99.0)[1]
+    assert statistics.range("mse", 4, 99.0)[1] < 2 * statistics_of(usual).range("mse", 4, 99.0)[1]
 
 
 def test_entropy_clips_a_lone_outlier_and_keeps_a_uniform_range():
-    x = torch.cat([torch.randn(50_000, generator=torch.Generator().manual_seed(2)).abs(), torch.tensor([100.0])])
-    low, high = statistics_of(x, 8192).range("entropy", 4, 99.0)
+    x = torch.cat([torch.randn(49_999, generator=torch.Generator().manual_seed(2)).abs(), torch.tensor([100.0])])
+    low, high = statistics_of(x[None]).range("entropy", 4, 99.0)
     assert low == 0.0 and 1.0 < high < 20.0
-    _, high = statistics_of(torch.linspace(0, 1, 100_000), 8192).range("entropy", 8, 99.0)
+    _, high = statistics_of(torch.linspace(0, 1, 100_000)[None]).range("entropy", 8, 99.0)
     assert high > 0.9
+
+
+def test_16_bit_ranges_are_the_extremes():
+    x = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
+    assert statistics_of(x).range("mse", 16, 99.0) == (float(x.min()), float(x.max()))
+
+
+def test_histogram_mass_is_kept_when_spread_over_other_bins():
+    x = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    lower, upper, _, counts = statistics_of(x).histogram()
+    edges = np.linspace(float(x.min()), float(x.max()), 33)
+    spread = observers.spread(lower, upper, counts, edges)
+    exact = np.histogram(x.numpy(), edges)[0]
+    assert spread.sum() == pytest.approx(x.numel())
+    assert np.abs(spread - exact).max() <= 3
 
 
 def test_statistics_that_are_empty_or_not_finite_are_refused_by_name():
     with pytest.raises(QuantizationError, match="features: no calibration image"):
         observers.ActivationStatistics("features").bounds()
     statistics = observers.ActivationStatistics("features")
-    statistics.observe_extremes(torch.tensor([1.0, torch.nan]))
+    statistics.observe(torch.tensor([[1.0, torch.nan]]))
     with pytest.raises(QuantizationError, match=r"features: .* not finite"):
         statistics.bounds()
+
+
+@pytest.mark.parametrize("observer", observers.WEIGHT_OBSERVERS)
+def test_one_scale_for_the_whole_tensor(observer):
+    w = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 1, 1, 1, 2, 3])[:, None]
+    scale = observers.WeightObserver(observer, granularity="per_tensor").scales(w, 4, 0, "w")
+    assert scale.shape == (1,)
+    assert torch.equal(scale, observers.WeightObserver(observer).scales(w.reshape(1, -1), 4, 0, "w"))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -196,7 +267,7 @@ def test_percentile_weights_ignore_the_largest():
 
 def test_channels_are_independent():
     w = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
-    for observer in observers.OBSERVERS:
+    for observer in observers.WEIGHT_OBSERVERS:
         choose = observers.WeightObserver(observer).scales
         together = choose(w, 4, 0, "w")
         alone = torch.cat([choose(w[i : i + 1], 4, 0, "w") for i in range(4)])
@@ -405,11 +476,12 @@ class Twice(nn.Module):
         return self.conv(x), x
 
 
-def test_histograms_count_past_what_float32_counts(monkeypatch):
-    monkeypatch.setattr(observers, "HISTOGRAM_CHUNK", 1000)
-    statistics = statistics_of(torch.cat([torch.zeros(2500), torch.ones(1)]), 2501)
-    assert statistics.histogram[0] == 2500 and statistics.histogram[-1] == 1
-    assert observers.ActivationStatistics("x").name and observers.HISTOGRAM_CHUNK <= 1 << 23
+def test_histograms_count_past_what_float32_counts():
+    statistics = statistics_of(torch.zeros(1, 1 << 24))
+    statistics.observe(torch.ones(1, 1))
+    statistics.observe(torch.zeros(1, 1))
+    *_, counts = statistics.histogram()
+    assert counts.tolist() == [(1 << 24) + 1, 1]  # float32 has no 2^24 + 1
 
 
 def test_a_model_without_layers_is_refused():
