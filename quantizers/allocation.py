@@ -2,8 +2,8 @@
 
 One choice a layer, the sum of the layers' costs least, the budgets kept: a multiple-choice knapsack, solved by branch
 and bound to a gap of zero (HiGHS, scipy.optimize.milp), as HAWQ-V3 does (Yao et al., ICML 2021, section 3.4). A solver
-computes in floating point; budgets are kept in exact integers, and where rounding let one be passed by a few bytes the
-solver is asked again with as much less.
+computes in floating point; budgets are kept in exact integers, and a choice that its rounding let pass one by a few
+bytes is cut off and the solver asked again.
 
 Shapes: L layers, W widths; a table (L, W) has a row for each layer and a column for each width.
 """
@@ -21,6 +21,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from quantizers.numerics import QuantizationError
 
+MOST_CUTS = 200  # choices that a solver's rounding let pass a budget, each cut off in turn
 TIME_LIMIT = 60.0  # seconds for one solve; the models of this study take milliseconds
 SAME_COST = 1e-9  # costs above the least possible that differ by less than this share are a tie, which fewer bytes win
 
@@ -122,7 +123,7 @@ class _Problem:
     @classmethod
     def of(
         cls, costs_LW, bytes_LW, operations_LW, size_budget, operations_budget, fixed_bytes, fixed_operations, names
-    ):
+    ) -> _Problem:
         costs_LW = np.asarray(costs_LW, dtype=np.float64)
         if costs_LW.ndim != 2 or not costs_LW.size:
             raise QuantizationError(f"costs of shape {costs_LW.shape}; expected (layers, widths), not empty")
@@ -188,7 +189,8 @@ class _Problem:
         least_operations = self.fixed_operations + self.smallest(self.operations_LW)
         if self.size_budget is not None and self.size_budget < least_bytes:
             raise QuantizationError(
-                f"a size budget of {self.size_budget:,} bytes is below the smallest possible model, {least_bytes:,} bytes"
+                f"a size budget of {self.size_budget:,} bytes is below the smallest possible model, "
+                f"{least_bytes:,} bytes"
             )
         if self.operations_budget is not None and self.operations_budget < least_operations:
             raise QuantizationError(
@@ -253,20 +255,18 @@ class _Problem:
         layers, widths = self.costs_LW.shape
         objective = np.where(allowed_LW, objective_LW, 0.0).ravel()
         one_each = LinearConstraint(sparse.kron(sparse.eye(layers), np.ones((1, widths))).tocsr(), 1, 1)
-        less = [0] * len(self.limits())
-        while True:
-            constraints = [one_each, *more]
-            for (uses_LW, left), tighter in zip(self.limits(), less, strict=True):
-                # above each layer's least use, as a share of what is left beyond it: numbers that a solver likes
-                least_L1 = np.array([[min(row)] for row in uses_LW], dtype=object)
-                beyond = int(left - least_L1.sum()) - tighter
-                if beyond < 0:
-                    return None, False
-                row = (uses_LW - least_L1).ravel().astype(float) / max(1, beyond)
-                constraints.append(LinearConstraint(row, -np.inf, beyond / max(1, beyond)))
+        budgets = []
+        for uses_LW, left in self.limits():
+            # above each layer's least use, as a share of what is left beyond it: numbers that a solver likes
+            least_L1 = np.array([[min(row)] for row in uses_LW], dtype=object)
+            beyond = max(1, int(left - least_L1.sum()))
+            row = (uses_LW - least_L1).ravel().astype(float) / beyond
+            budgets.append(LinearConstraint(row, -np.inf, int(left - least_L1.sum()) / beyond))
+        cuts: list[LinearConstraint] = []
+        while len(cuts) < MOST_CUTS:
             solution = milp(
                 objective,
-                constraints=constraints,
+                constraints=[one_each, *budgets, *more, *cuts],
                 integrality=np.ones(layers * widths),
                 bounds=Bounds(0, allowed_LW.ravel().astype(float)),
                 options={"mip_rel_gap": 0.0, "time_limit": TIME_LIMIT},
@@ -274,12 +274,14 @@ class _Problem:
             if solution.x is None:
                 return None, False
             choices = tuple(int(choice) for choice in solution.x.reshape(layers, widths).argmax(axis=1))
-            passed = [
-                max(0, sum(uses[layer, c] for layer, c in enumerate(choices)) - left) for uses, left in self.limits()
-            ]
-            if not any(passed):
-                return choices, solution.status == 0 and not any(less)
-            less = [tighter + excess for tighter, excess in zip(less, passed, strict=True)]
+            if self.is_within(choices):
+                return choices, solution.status == 0
+            # over by less than the solver's tolerance: it, and whatever takes as much in every layer, is cut off
+            for uses_LW, left in self.limits():
+                taken_L1 = np.array([[uses_LW[layer, choice]] for layer, choice in enumerate(choices)], dtype=object)
+                if taken_L1.sum() > left:
+                    cuts.append(LinearConstraint((uses_LW >= taken_L1).ravel().astype(float), -np.inf, layers - 1))
+        return None, False
 
 
 def greedy_choices(problem: _Problem) -> tuple[int, ...] | None:

@@ -96,6 +96,21 @@ def test_of_equal_costs_the_smaller_model_is_chosen():
     assert allocate([[3, 1, 0.5], [0, 0, 0]], [[1, 4, 9], [1, 2, 3]], size_budget=7).choices == (1, 0)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_among_equal_costs_it_has_the_fewest_bytes_of_all(seed):
+    """Costs of few distinct values, so that many allocations tie; against brute force."""
+    generator = np.random.default_rng(seed)
+    costs_LW = generator.integers(0, 3, (5, 4)).astype(float)
+    bytes_LW = generator.integers(1, 50, (5, 4))
+    budget = int(bytes_LW.mean(axis=1).sum())
+    sums = [
+        (costs_LW[range(5), choices].sum(), bytes_LW[range(5), choices].sum())
+        for choices in itertools.product(range(4), repeat=5)
+    ]
+    found = allocate(costs_LW, bytes_LW, size_budget=budget)
+    assert (found.cost, found.bytes) == min(pair for pair in sums if pair[1] <= budget)
+
+
 def test_the_smallest_budget_is_kept_and_one_byte_less_is_refused():
     costs_LW, bytes_LW, operations_LW = instance(1)
     least = int(bytes_LW.min(axis=1).sum())
@@ -144,5 +159,7 @@ def test_budgets_are_kept_in_exact_integers():
     """Byte counts that a float32 cannot tell apart: 2^40 + 1 is over a budget of 2^40."""
     big = 2**40
     assert allocate([[1.0, 0.0]], [[big, big + 1]], size_budget=big).choices == (0,)
+    # one byte over in 10^9: less than what a solver takes for rounding
+    assert allocate([[1.0, 0.0], [1e-3, 0.0]], [[0, 10**9], [0, 1]], size_budget=10**9).choices == (1, 0)
     many = allocate([[1.0, 0.0]] * 8, [[big, big + 1]] * 8, size_budget=8 * big + 3)
     assert sum(many.choices) == 3
