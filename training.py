@@ -42,7 +42,7 @@ class TrainingResult:
 def train(
     model: nn.Module,
     train_loader: Iterable,
-    validation_loader: Iterable,
+    validation_loader: Iterable | None,
     settings: Training,
     *,
     loss: Loss | None = None,
@@ -52,7 +52,8 @@ def train(
     """Train `model` in place, where it is, and leave it with the weights of its best epoch, in eval mode.
 
     `train_loader` is iterated once an epoch and must have a length; `loss` defaults to cross entropy with
-    `settings.label_smoothing`. `progress` gets a line and the share done, `on_epoch` each epoch's line of the log.
+    `settings.label_smoothing`. Without a validation loader the last epoch counts as the best. `progress` gets a line
+    and the share done, `on_epoch` each epoch's line of the log.
     Raises TrainingError where the loss or the validation logits are not finite, ValueError for an empty loader.
     """
     steps_per_epoch = len(train_loader)
@@ -88,7 +89,7 @@ def train(
                 f"(it is {settings.learning_rate:g}) or set training.gradient_clip"
             )
         try:
-            accuracy = predict(model, validation_loader, device).accuracy
+            accuracy = math.nan if validation_loader is None else predict(model, validation_loader, device).accuracy
         except EvaluationError as error:
             raise TrainingError(f"validation in epoch {epoch}: {error}") from None
         result.log.append(
@@ -102,7 +103,7 @@ def train(
         )
         if on_epoch is not None:
             on_epoch(result.log[-1])
-        if accuracy > result.best_accuracy:
+        if accuracy > result.best_accuracy or validation_loader is None:
             result.best_accuracy, result.best_epoch = accuracy, epoch
             best_state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
         if settings.patience is not None and epoch - result.best_epoch >= settings.patience:
