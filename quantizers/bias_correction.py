@@ -14,10 +14,8 @@ import torch
 from torch import fx, nn
 
 from evaluation import device_of, eval_mode
-from quantizers.execution import WALK_MEMORY, Values, image_of, images_within, last_uses, run_node
+from quantizers.execution import WALK_MEMORY, Walk, images_within
 from quantizers.modules import QuantizedLayer, QuantizedModel
-
-BATCH = 32
 
 Progress = Callable[[str, float], None]
 
@@ -37,29 +35,21 @@ def correct_biases(
     """
     network, device = model.network, device_of(model)
     with eval_mode(model):
-        images = images[: images_within(network, images.to(device), memory_bytes // 2)]
+        images = images[: images_within(network, images.to(device), memory_bytes // 2)].to(device)
+        exact, quantized = Walk(network, images), Walk(network, images)
         nodes = list(network.graph.nodes)
-        freed = last_uses(nodes)
-        batches = [batch.to(device) for batch in images.split(BATCH)]
-        exact: list[Values] = [{} for _ in batches]
-        quantized: list[Values] = [{} for _ in batches]
         for place, node in enumerate(nodes):
-            if node is image_of(nodes):
-                for values, batch in zip((*exact, *quantized), (*batches, *batches), strict=True):
-                    values[node] = batch
-                continue
             layers = _layers_of(network, node)
             with model.as_float():
-                targets = _channel_means(network, node, exact, layers)
+                targets = _channel_means(exact, node, layers)
             for layer in layers:
-                means = _channel_means(network, node, quantized, [layer])
+                means = _channel_means(quantized, node, [layer])
                 if layer in means:
                     bias = 0 if layer.layer.bias is None else layer.layer.bias
                     layer.set_bias((bias + targets[layer] - means[layer]).to(layer.layer.weight.dtype))
-            _channel_means(network, node, quantized, [])
-            for source in freed[node]:
-                for values in (*exact, *quantized):
-                    del values[source]
+            quantized.run(node)
+            exact.free(node)
+            quantized.free(node)
             if progress is not None and layers:
                 progress(f"bias of {layers[-1].name}", (place + 1) / len(nodes))
     return len(images)
@@ -71,9 +61,7 @@ def _layers_of(network: fx.GraphModule, node: fx.Node) -> list[QuantizedLayer]:
     return [module for module in network.get_submodule(node.target).modules() if isinstance(module, QuantizedLayer)]
 
 
-def _channel_means(
-    network: fx.GraphModule, node: fx.Node, batches: list[Values], layers: list[QuantizedLayer]
-) -> dict[QuantizedLayer, torch.Tensor]:
+def _channel_means(walk: Walk, node: fx.Node, layers: list[QuantizedLayer]) -> dict[QuantizedLayer, torch.Tensor]:
     """Run the node on every batch; the mean (O,) of each output channel of the layers that ran meanwhile."""
     sums: dict[QuantizedLayer, torch.Tensor] = {}
     counts: dict[QuantizedLayer, int] = {}
@@ -85,8 +73,7 @@ def _channel_means(
 
     hooks = [layer.register_forward_hook(take_note) for layer in layers]
     try:
-        for values in batches:
-            values[node] = run_node(network, node, values)
+        walk.run(node)
     finally:
         for hook in hooks:
             hook.remove()

@@ -13,6 +13,7 @@ from quantizers.modules import QuantizedModel
 
 Values = dict[fx.Node, Any]  # what nodes gave
 
+WALK_BATCH = 32  # images that go through a node at a time
 WALK_MEMORY = 1 << 30  # bytes of activations that a walk over the calibration images keeps at most
 
 
@@ -44,6 +45,33 @@ def last_uses(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
         freed[node] = [source for source in node.all_input_nodes if source not in seen]
         seen.update(freed[node])
     return freed
+
+
+class Walk:
+    """Images on their way through the network, node by node: what is still to be read is kept, in batches."""
+
+    def __init__(self, network: fx.GraphModule, images: torch.Tensor, batch_size: int = WALK_BATCH):
+        self.network = network
+        self.freed = last_uses(network.graph.nodes)
+        self.batches: list[Values] = [{} for _ in range(-(-len(images) // batch_size))]
+        for values, batch in zip(self.batches, images.split(batch_size), strict=True):
+            values[image_of(network.graph.nodes)] = batch
+
+    def run(self, node: fx.Node) -> None:
+        """The node's value for every batch; what stood for it before is replaced."""
+        for values in self.batches:
+            if not (node.op == "placeholder" and node in values):
+                values[node] = run_node(self.network, node, values)
+
+    def free(self, node: fx.Node) -> None:
+        """Forget what nobody reads after the node."""
+        for values in self.batches:
+            for source in self.freed[node]:
+                del values[source]
+
+    def value(self, node: fx.Node) -> torch.Tensor:
+        """A tensor of all images, (n, …)."""
+        return torch.cat([values[node] for values in self.batches])
 
 
 @dataclass(frozen=True)

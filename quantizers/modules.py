@@ -188,9 +188,15 @@ class QuantizedLayer(nn.Module):
 
     def weight_bytes(self) -> int:
         """What the weights and scales take in the model's file."""
-        if self.bits > MAX_BITS:
-            return self.layer.weight.numel() * self.bits // 8
-        return -(-self.layer.weight.numel() * self.bits // 8) + 4 * self.weight_scale.numel()
+        return self.bytes_at(self.bits)
+
+    def bytes_at(self, bits: int) -> int:
+        """What they would take with `bits` bits."""
+        weight = self.layer.weight
+        if bits > MAX_BITS:
+            return weight.numel() * bits // 8
+        scales = 1 if self.granularity == "per_tensor" else weight.shape[self.axis]
+        return -(-weight.numel() * bits // 8) + 4 * scales
 
     def extra_repr(self) -> str:
         return f"{self.name}, bits={self.bits}"

@@ -1,8 +1,8 @@
-"""What every test shares: two threads, and the folder of real images."""
+"""What every test shares: two threads (or OMP_NUM_THREADS), and the folder of real images."""
 
 import os
 
-THREADS = 2
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy and torch are imported
     os.environ.setdefault(_name, str(THREADS))
 
