@@ -225,7 +225,8 @@ ACTIVATION_QUANTIZERS = (ActivationQuantizer, DynamicActivationQuantizer)
 class QuantizedModel(nn.Module):
     """A quantized copy of a float model: images (N, 3, H, W) -> logits (N, K).
 
-    `placement` tells what is quantized and what is left in float (see quantizers.graph.Placement).
+    `placement` tells what is quantized and what is left in float (see quantizers.graph.Placement), `description` what
+    was asked for (it goes into the file), `reports` what was measured meanwhile: tables, by name.
     """
 
     def __init__(self, network: fx.GraphModule | nn.Module, placement: Any, description: dict[str, Any]):
@@ -233,6 +234,7 @@ class QuantizedModel(nn.Module):
         self.network = network
         self.placement = placement
         self.description = description
+        self.reports: dict[str, Any] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.network(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -155,7 +154,7 @@ def quantize(
             seed=recipe.seed,
             progress=progress,
         )
-        quantized.description["reconstruction"] = dataclasses.asdict(report)
+        quantized.reports["reconstruction"] = report.table()
     if recipe.bias_correction:
         quantized.description["bias_correction_images"] = correct_biases(quantized, images, progress=progress)
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -43,6 +44,10 @@ class Reconstruction:
     images: int
     iterations: int
     pieces: list[dict] = field(default_factory=list)
+
+    def table(self) -> pd.DataFrame:
+        """A row for each piece: `layers`, `error_nearest`, `error_learned`."""
+        return pd.DataFrame(self.pieces, columns=["layers", "error_nearest", "error_learned"])
 
 
 def reconstruct(
@@ -93,7 +98,7 @@ def reconstruct(
                         generator,
                     )
                     names = [layer.name for layer in learning.layers]
-                    report.pieces.append({"layers": names, "nearest": before, "learned": after})
+                    report.pieces.append({"layers": " ".join(names), "error_nearest": before, "error_learned": after})
             with torch.no_grad():
                 with model.as_float():
                     exact.run(node)

@@ -683,7 +683,7 @@ def test_calibration_images_matter_and_their_batching_does_not(monkeypatch):
     whole = ranges(x)
     assert not torch.allclose(whole, ranges(3 * x))
     monkeypatch.setattr(calibration, "CALIBRATION_BATCH", 7)
-    torch.testing.assert_close(whole, ranges(x), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole, ranges(x), rtol=3e-3, atol=1e-6)  # a bin: 1/256 of an octave
 
 
 # --------------------------------------------------------------------------------------------------- calibration images
