@@ -194,9 +194,9 @@ class _Whole(nn.Module):
 class _Tracer(fx.Tracer):
     """Keeps layers, norms and untraceable submodules whole; remembers the innermost module whose code failed."""
 
-    def __init__(self, opaque: set[str]):
+    def __init__(self, opaque: set[str] | None = None):  # a copy of the graph is unpickled without
         super().__init__()
-        self.opaque = opaque
+        self.opaque = opaque or set()
         self.failed: str | None = None
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:

@@ -67,6 +67,13 @@ class ActivationQuantizer(nn.Module):
         self.zero_point.copy_(zero_point)
         self._is_calibrated = False  # looked at again by the next forward
 
+    def check_calibrated(self) -> None:
+        """UncalibratedError without a range; looks once, not in every pass: on CUDA it costs a synchronisation."""
+        if not self._is_calibrated:
+            if bool(torch.isnan(self.scale)):
+                raise UncalibratedError(f"{self.name}: used before calibration; pass calibration_data")
+            self._is_calibrated = True
+
     def bounds(self) -> tuple[int, int]:
         """The smallest and the largest integer."""
         return activation_range(self.bits, self.is_symmetric)
@@ -77,10 +84,7 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.bits >= FLOAT_BITS:
             return x
-        if not self._is_calibrated:  # once, not in every pass: on CUDA the look costs a synchronisation
-            if bool(torch.isnan(self.scale)):
-                raise UncalibratedError(f"{self.name}: used before calibration; pass calibration_data")
-            self._is_calibrated = True
+        self.check_calibrated()
         return fake_quantize(x, self.scale, self.zero_point, *self.bounds())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -235,9 +239,20 @@ class QuantizedModel(nn.Module):
         self.placement = placement
         self.description = description
         self.reports: dict[str, Any] = {}
+        self._plan: Any = None  # see quantizers.inference; no state: made anew where it is missing or out of date
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x)
+        from quantizers import inference  # which is built on this module
+
+        if self.training or not isinstance(self.network, fx.GraphModule) or not inference.can_run(x):
+            return self.network(x)
+        if self._plan is None or not self._plan[0].is_current(self.network):
+            self._plan = (inference.make_plan(self.network),)  # in a tuple: not a submodule
+        plan = self._plan[0]
+        return self.network(x) if plan.is_watched() else plan.graph(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}
 
     def layers(self) -> dict[str, QuantizedLayer]:
         return {module.name: module for module in self.modules() if isinstance(module, QuantizedLayer)}

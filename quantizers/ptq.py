@@ -38,7 +38,7 @@ class Recipe:
     bias_correction: bool = False
     rounding: str = "nearest"
     reconstruction_unit: str = "block"
-    reconstruction_iterations: int = 500
+    reconstruction_iterations: int = 300
     learn_activation_scales: bool = True
     seed: int = 0
 
