@@ -20,7 +20,9 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 DATASETS = ("celeba", "utkface", "fairface", "synthetic")
 MODELS = ("resnet50", "mobilenet_v2", "squeezenet1_1", "efficientnet_b0", "vit_small_patch16_224")
 
-Observer = Literal["minmax", "percentile", "mse", "entropy"]
+Observer = Literal["minmax", "moving_average", "percentile", "mse", "entropy"]  # of activations
+WeightObserver = Literal["minmax", "percentile", "mse", "entropy"]
+Granularity = Literal["per_channel", "per_tensor"]
 Bits = Annotated[int, Field(ge=2, le=8)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 WIDTH = re.compile(r"W([2-8])A([2-8])")
@@ -31,10 +33,12 @@ SHORTHANDS: dict[str, tuple[str, str | None, int | None, int | None]] = {
     "PTQ_INT4": ("ptq_static", None, 4, 4),
     "PTQ_INT2": ("ptq_static", None, 2, 2),
     "PTQ_W4A8": ("ptq_static", None, 4, 8),
+    "QAT_INT8": ("qat", None, 8, 8),
+    "QAT_INT4": ("qat", None, 4, 4),
     "dynamic": ("ptq_dynamic", None, None, None),
     "bias_aware": ("ptq_static", "bias_aware_calibration", None, None),
 }
-QUANTIZATION_METHODS = ("ptq_static", "ptq_dynamic")
+QUANTIZATION_METHODS = ("ptq_static", "ptq_dynamic", "qat", "mixed_precision")
 STRATEGIES = ("bias_aware_calibration",)
 
 
@@ -202,15 +206,17 @@ class Training(Section):
 # -------------------------------------------------------------------------------------------------------- quantization
 
 
-class PTQStatic(Section):
-    """Post-training static quantization; a list is swept, each value a cell."""
+class Calibrated(Section):
+    """What all methods share that calibrate on images: how ranges and scales are chosen. A list is swept."""
 
     observer: list[Observer] = Field(default=["mse"], min_length=1)  # how ranges are chosen (activations)
-    weight_observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"  # how weight scales are chosen
+    weight_observer: WeightObserver = "mse"  # how weight scales are chosen
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99  # for observer percentile
     calibration_samples: PositiveInt = 256
     calibration_split: Literal["train", "validation"] = "train"
-    first_last_bits: Bits | None = None  # width of the first and last layer; None: as the others
+    weight_granularity: Granularity = "per_channel"  # a weight scale for each output channel, or one a layer
+    activation_scheme: Literal["affine", "symmetric"] = "affine"  # unsigned with a zero point, or signed around zero
+    equalize: bool = False  # cross-layer equalization before anything else (Nagel et al. 2019)
 
     @pydantic.field_validator("observer", mode="before")
     @classmethod
@@ -218,29 +224,68 @@ class PTQStatic(Section):
         return [value] if isinstance(value, str) else value
 
 
+class Rounded(Calibrated):
+    """What is done after calibration, without labels: learned rounding and bias correction."""
+
+    bias_correction: bool = False  # take back each channel's mean error (Nagel et al. 2019)
+    rounding: Literal["nearest", "adaround"] = "nearest"  # adaround: learned (Nagel et al. 2020, Li et al. 2021)
+    reconstruction_unit: Literal["block", "layer"] = "block"  # for rounding adaround: what is learned together
+    reconstruction_iterations: PositiveInt = 300  # for rounding adaround: optimizer steps for each unit
+    learn_activation_scales: bool = True  # for rounding adaround: the activations' scales with it
+
+
+class PTQStatic(Rounded):
+    """Post-training static quantization."""
+
+    first_last_bits: Bits | None = None  # width of the first and last layer; None: as the others
+
+
 class PTQDynamic(Section):
     """Post-training dynamic quantization: activation ranges per image at run time, no calibration data."""
 
-    weight_observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
+    weight_observer: WeightObserver = "mse"
     percentile: Annotated[float, Field(gt=50.0, le=100.0)] = 99.99
+    weight_granularity: Granularity = "per_channel"
+    equalize: bool = False
     first_last_bits: Bits | None = None
 
 
-class MethodEntry(Section):
+class QAT(Calibrated):
+    """Quantization-aware training from the FP32 checkpoint, calibrated first. Augmentation is that of `training`."""
+
+    first_last_bits: Bits | None = None
+    epochs: PositiveInt = 2
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 3e-4  # AdamW's peak; of weights in units of their channel's largest
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_epochs: NonNegativeFloat = 0.1
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    gradient_clip: PositiveFloat | None = 1.0
+    max_train: PositiveInt | None = None  # train on at most so many images
+
+
+class MixedPrecision(Rounded):
+    """Each layer's width chosen by its sensitivity, within a budget; the budget of a width is its uniform size."""
+
+    widths: list[Literal[2, 3, 4, 5, 6, 7, 8, 16]] = Field(default=[2, 3, 4, 6, 8, 16], min_length=1)  # to choose from
+    size_budget_bytes: PositiveInt | None = None  # of the whole model; None: of the model with bit_widths everywhere
+    bit_operations_budget: PositiveInt | None = None  # multiply-accumulates x bits of both factors, one image
+    sensitivity_metric: Literal["kl", "loss"] = "kl"  # divergence from FP32's predictions, or rise of the loss
+    sensitivity_samples: PositiveInt = 128  # calibration images that it is measured on
+    classifier_bits: Literal[2, 3, 4, 5, 6, 7, 8, 16, 32] | None = 32  # of the last layer; 32: FP32, None: chosen too
+
+
+class _Entry(Section):
     """A method with settings of its own: `{method: ptq_static, bit_widths: [8, 4], observer: [minmax, entropy]}`."""
 
     method: str
     bit_widths: list[int | str] | None = None
-    observer: list[Observer] | None = None
-    weight_observer: Observer | None = None
-    percentile: Annotated[float, Field(gt=50.0, le=100.0)] | None = None
-    calibration_samples: PositiveInt | None = None
-    calibration_split: Literal["train", "validation"] | None = None
-    first_last_bits: Bits | None = None
 
-    @pydantic.field_validator("observer", "bit_widths", mode="before")
+    @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _one_or_many(cls, value):
+    def _one_or_many(cls, value, info: pydantic.ValidationInfo):
+        if info.field_name not in LIST_KEYS:
+            return value
         return value if value is None or isinstance(value, list) else [value]
 
     @pydantic.field_validator("method")
@@ -256,7 +301,7 @@ class MethodEntry(Section):
     @pydantic.model_validator(mode="after")
     def _keys_of_its_method(self):
         method, _, weight_bits, _ = SHORTHANDS.get(self.method, (self.method, None, None, None))
-        section = {"ptq_static": PTQStatic, "ptq_dynamic": PTQDynamic}[method]
+        section = METHOD_SECTIONS[method]
         for key, value in self.options().items():
             if key not in section.model_fields:
                 raise ValueError(
@@ -268,7 +313,28 @@ class MethodEntry(Section):
 
     def options(self) -> dict[str, Any]:
         """The settings that this entry has otherwise than its method's section."""
-        return self.model_dump(exclude={"method", "bit_widths"}, exclude_none=True)
+        return self.model_dump(exclude={"method", "bit_widths"})
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_missing(self, handler):
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+
+METHOD_SECTIONS = {"ptq_static": PTQStatic, "ptq_dynamic": PTQDynamic, "qat": QAT, "mixed_precision": MixedPrecision}
+LIST_KEYS = ("bit_widths", "observer", "widths")
+RECONSTRUCTION_KEYS = ("reconstruction_unit", "reconstruction_iterations", "learn_activation_scales")
+
+# every key of every method's section, none of them set
+_ENTRY_KEYS = {name: field for section in METHOD_SECTIONS.values() for name, field in section.model_fields.items()}
+MethodEntry = pydantic.create_model(
+    "MethodEntry",
+    __base__=_Entry,
+    __doc__=_Entry.__doc__,
+    **{
+        name: (Annotated[field.annotation, *field.metadata] | None if field.metadata else field.annotation | None, None)
+        for name, field in _ENTRY_KEYS.items()
+    },
+)
 
 
 def _method_item(value):
@@ -285,6 +351,25 @@ class Quantization(Section):
     bit_widths: list[int | str] = Field(default=[8, 4, 2, "W4A8"], min_length=1)  # 4: W4A4
     ptq_static: PTQStatic = PTQStatic()
     ptq_dynamic: PTQDynamic = PTQDynamic()
+    qat: QAT = QAT()
+    mixed_precision: MixedPrecision = MixedPrecision()
+
+    @pydantic.model_validator(mode="after")
+    def _keys_that_do_something(self):
+        for place, entry in enumerate(self.methods):
+            if not isinstance(entry, str):
+                settings = self.settings(entry)
+                idle = [key for key in RECONSTRUCTION_KEYS if key in entry.options()]
+                if idle and settings["rounding"] == "nearest":
+                    raise ValueError(
+                        f"methods[{place}]: {idle[0]} does nothing with rounding nearest; add rounding: adaround"
+                    )
+        return self
+
+    def settings(self, entry: MethodEntry) -> dict[str, Any]:
+        """The settings of an entry: its own keys over those of its method's section."""
+        method = SHORTHANDS.get(entry.method, (entry.method,))[0]
+        return {**getattr(self, method).model_dump(), **entry.options()}
 
     @pydantic.field_validator("methods", mode="before")
     @classmethod
@@ -564,9 +649,14 @@ def _section_in(annotation) -> type | None:
 
 
 def _default_methods() -> list[str | MethodEntry]:
-    observers = MethodEntry(method="ptq_static", bit_widths=[4], observer=["minmax", "percentile", "entropy"])
-    dynamic = MethodEntry(method="ptq_dynamic", bit_widths=[8, 4])
-    return ["ptq_static", dynamic, observers]
+    return [
+        "ptq_static",
+        MethodEntry(method="ptq_dynamic", bit_widths=[8, 4]),
+        MethodEntry(method="ptq_static", bit_widths=[4], observer=["minmax", "percentile", "entropy"]),
+        MethodEntry(method="ptq_static", bit_widths=[4], rounding="adaround", reconstruction_iterations=50),
+        MethodEntry(method="mixed_precision", bit_widths=["W4A8"], sensitivity_samples=32),
+        MethodEntry(method="qat", bit_widths=[4], epochs=1, max_train=1000),
+    ]
 
 
 def _assign(values: dict, path: list[str], value: Any, source: str) -> None:

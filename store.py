@@ -219,6 +219,22 @@ class Store:
         frame = pd.DataFrame([group for record in rows for group in record["groups"]], columns=list(GROUP_COLUMNS))
         write_text(self.root / "group_results.csv", frame.to_csv(index=False))
 
+    def write_extra_table(self, name: str, key: str, columns: Sequence[str], planned: Sequence[str]) -> None:
+        """`<name>.csv`, keyed by `cell`: the rows that cells of whatever phase hold under `key` of their extra."""
+        records = self.records()
+        rows = [
+            {"cell": cell, **row}
+            for cell in (*planned, *sorted(set(records) - set(planned)))
+            if cell in records
+            for row in records[cell]["extra"].get(key, [])
+        ]
+        frame = pd.DataFrame(rows, columns=["cell", *columns])
+        write_text(self.root / f"{name}.csv", frame.to_csv(index=False))
+
+    def read_extra_table(self, name: str) -> pd.DataFrame | None:
+        path = self.root / f"{name}.csv"
+        return pd.read_csv(path) if path.exists() else None
+
     def read_table(self, phase: str) -> pd.DataFrame:
         """The rows of a phase as written; MissingArtifactError says which phase makes them."""
         path = self.results_path(phase)

@@ -40,7 +40,7 @@ LONGEST_NAME = 26
 MOST_PAIRS = 60  # rows of the mitigation figure before models are averaged
 
 
-# ----------------------------------------------------------------------------------------------------- the five figures
+# ------------------------------------------------------------------------------------------------ figures of the study
 
 
 def accuracy_heatmap(rows: pd.DataFrame) -> Figure:
@@ -506,6 +506,51 @@ def fairness_vs_bits(rows: pd.DataFrame, metric: str = "equalized_odds_differenc
     return figure
 
 
+def layer_sensitivity(table: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+    """Sensitivity of each layer (a column, in the order of the network) to each width (a row), and the width that mixed
+    precision chose; a panel for each model, its first mixed-precision cell. `table` is layer_sensitivity.csv."""
+    rows = rows[_is_done(rows)] if len(rows) else rows
+    cells = rows[rows["cell"].isin(table["cell"])].drop_duplicates(["dataset", "model"]) if len(table) else rows[:0]
+    if cells.empty:
+        return _nothing("no finished cell of mixed precision")
+    figure = _figure(WIDTH, 0.75 + 1.2 * len(cells))
+    grid = figure.subplots(len(cells), 1, squeeze=False)[:, 0]
+    shown = table[table["cell"].isin(cells["cell"])]
+    positive = shown["sensitivity"][shown["sensitivity"] > 0]
+    top = math.log10(positive.max()) if len(positive) else 0.0
+    norm = Normalize(max(top - 6, math.log10(positive.min()) if len(positive) else -1.0), top)
+    for axes, row in zip(grid, cells.itertuples(), strict=True):
+        block = table[table["cell"] == row.cell]
+        layers, widths = list(dict.fromkeys(block["layer"])), sorted(block["bits"].unique())
+        values_LW = block.pivot(index="layer", columns="bits", values="sensitivity").loc[layers, widths].to_numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            image = axes.imshow(
+                np.where(values_LW > 0, np.log10(values_LW), -np.inf).T, aspect="auto", cmap="cividis", norm=norm
+            )
+        chosen = block.drop_duplicates("layer").set_index("layer").loc[layers, "chosen_bits"]
+        places = [widths.index(bits) for bits in chosen]
+        axes.plot(range(len(layers)), places, "o", markersize=2.6, color="white", markeredgecolor="black", mew=0.5)
+        axes.set_yticks(range(len(widths)), [f"{bits} bits" for bits in widths], fontsize=6)
+        step = max(1, len(layers) // 12)
+        axes.set_xticks(
+            range(0, len(layers), step), [_name(name, 20) for name in layers[::step]], fontsize=5, rotation=20
+        )
+        axes.tick_params(length=2)
+        axes.set_title(
+            f"{_name(model_label(row.model))}{_of_dataset(rows, row.dataset)}, {len(layers)} layers",
+            fontsize=FONT, loc="left", pad=3,
+        )  # fmt: skip
+    bar = figure.colorbar(image, ax=list(grid), shrink=min(1.0, 3 / len(cells)), pad=0.01)
+    ticks = range(math.ceil(norm.vmin), math.floor(norm.vmax) + 1)
+    bar.set_ticks(list(ticks), labels=[f"$10^{{{tick}}}$" for tick in ticks])
+    bar.ax.tick_params(labelsize=6)
+    bar.set_label("sensitivity", fontsize=FONT - 1)
+    _title(
+        figure, "What FP32's output loses when one layer alone goes to so many bits; circles: the width that was chosen"
+    )
+    return figure
+
+
 # ------------------------------------------------------------------------------------------------------ the Pareto set
 
 
@@ -693,6 +738,7 @@ __all__ = [
     "accuracy_heatmap",
     "fairness_vs_bits",
     "hypothesis_validation",
+    "layer_sensitivity",
     "method_comparison",
     "mitigation_comparison",
     "pareto_frontier",

@@ -99,6 +99,9 @@ def analyse(
         "pareto_frontier.png": visualizations.pareto_frontier(rows),
         "fairness_vs_bits.png": visualizations.fairness_vs_bits(rows),
     }
+    sensitivity = store.read_extra_table("layer_sensitivity")
+    if sensitivity is not None and sensitivity["cell"].isin(done["cell"]).any():
+        figures["layer_sensitivity.png"] = visualizations.layer_sensitivity(sensitivity, rows)
     images = {}
     for name, figure in figures.items():
         images[name] = png(figure)
@@ -156,6 +159,8 @@ CAPTIONS = {
     "pareto_frontier.png": "Size on disk against accuracy; the settings that no other one beats in both.",
     "fairness_vs_bits.png": "Equalized-odds difference at each width (it is biased upward, the more the fewer the "
     "images).",
+    "layer_sensitivity.png": "What the output loses when one layer alone goes to so many bits, and the width that "
+    "mixed precision chose for it.",
 }
 
 

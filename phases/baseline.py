@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from config import Config
+from config import Config, Training
 from datasets import BatchLoader, FaceDataset, load_dataset
 from evaluation import latency_ms, predict, write_model
 from models import build_model, checkpoint_matches, save_checkpoint
 from phases.measure import measure
 from phases.plan import Cell, plan
 from runner import CellResult, Report, run_cells
-from store import Store, StoreError, atomic_path, seed_for, write_text
+from store import Store, StoreError, atomic_path, seed_for
 from training import train
 
 
@@ -29,7 +29,7 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
     _check_fingerprints(cells, store, data, report)
     context = functools.partial(compute, config=config, store=store, device=device, data=data)
     run_cells("baseline", cells, context, config, store, report)
-    _write_training_log(store, [cell.id for cell in cells])
+    write_training_log(store, [cell.id for block in plan(config).values() for cell in block])
     return store.read_table("baseline")
 
 
@@ -47,22 +47,7 @@ def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: st
         options=config.models.options.get(cell.model),
         seed=seed_for(*names, "initialisation"),
     ).to(device=device, memory_format=torch.channels_last)
-    train_split = dataset.splits["train"]
-    if settings.max_train is not None and settings.max_train < len(train_split):
-        chosen = np.random.default_rng(seed_for(cell.dataset, "max_train")).permutation(len(train_split))
-        train_split = train_split.subset(np.sort(chosen[: settings.max_train]))
-    train_loader = BatchLoader(
-        train_split,
-        settings.batch_size,
-        device=device,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(seed_for(*names, "batches")),
-        flip=settings.flip,
-        shift=settings.shift,
-        brightness=settings.brightness,
-        drop_last=len(train_split) >= settings.batch_size,
-        channels_last=True,
-    )
+    train_loader = training_loader(dataset, settings, device, names)
     validation_loader = BatchLoader(dataset.splits["validation"], config.run.evaluation_batch_size, device=device)
 
     def tell(epoch: dict) -> None:
@@ -93,6 +78,26 @@ def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: st
     measured.extra["training_log"] = [{"precision": result.precision, **epoch} for epoch in result.log]
     measured.extra["fingerprint"] = dataset.fingerprint
     return measured
+
+
+def training_loader(dataset: FaceDataset, settings: Training, device: str, names: tuple) -> BatchLoader:
+    """Shuffled, augmented batches of the training split; `names` seed their order."""
+    train_split = dataset.splits["train"]
+    if settings.max_train is not None and settings.max_train < len(train_split):
+        chosen = np.random.default_rng(seed_for(dataset.name, "max_train")).permutation(len(train_split))
+        train_split = train_split.subset(np.sort(chosen[: settings.max_train]))
+    return BatchLoader(
+        train_split,
+        settings.batch_size,
+        device=device,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed_for(*names, "batches")),
+        flip=settings.flip,
+        shift=settings.shift,
+        brightness=settings.brightness,
+        drop_last=len(train_split) >= settings.batch_size,
+        channels_last=True,
+    )
 
 
 def _check_fingerprints(cells: list[Cell], store: Store, data: DatasetCache, report: Report) -> None:
@@ -159,13 +164,6 @@ def _checkpoint(store: Store, cell: Cell):
     return store.checkpoint_path(cell.dataset, cell.model, cell.seed)
 
 
-def _write_training_log(store: Store, planned: list[str]) -> None:
-    records = store.records("baseline")
-    rows = [
-        {"cell": cell, **epoch}
-        for cell in planned
-        if cell in records
-        for epoch in records[cell]["extra"].get("training_log", [])
-    ]
-    columns = ["cell", "epoch", "learning_rate", "train_loss", "validation_accuracy", "precision", "seconds"]
-    write_text(store.root / "training_log.csv", pd.DataFrame(rows, columns=columns).to_csv(index=False))
+def write_training_log(store: Store, planned: list[str]) -> None:
+    columns = ["epoch", "learning_rate", "train_loss", "validation_accuracy", "precision", "seconds"]
+    store.write_extra_table("training_log", "training_log", columns, planned)

@@ -11,11 +11,18 @@ import pandas as pd
 import torch
 from torch import nn
 
-from config import Config
+from config import QAT, Config, Training
 from datasets import BatchLoader, FaceDataset, calibration_subset
 from evaluation import predict
 from models import build_model, checkpoint_description, checkpoint_matches, load_checkpoint
-from phases.baseline import DatasetCache, cost_columns, names_of, test_loader
+from phases.baseline import (
+    DatasetCache,
+    cost_columns,
+    names_of,
+    test_loader,
+    training_loader,
+    write_training_log,
+)
 from phases.measure import measure
 from phases.plan import Cell, plan
 from quantization import apply_quantization
@@ -30,6 +37,9 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     _check_baselines([cell for cell in planned["baseline"] if _is_needed(cell, cells, store)], store)
     inputs = Inputs(config, store, device)
     run_cells(phase, cells, functools.partial(compute, inputs=inputs), config, store, report)
+    everything = [cell.id for block in planned.values() for cell in block]
+    write_training_log(store, everything)
+    store.write_extra_table("layer_sensitivity", "sensitivity", SENSITIVITY_COLUMNS, everything)
     return store.read_table(phase)
 
 
@@ -40,22 +50,69 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     dataset = inputs.datasets.load(cell.dataset, report)
     model = inputs.model(cell, dataset)
     options = dict(cell.options)
-    report.progress("calibrating", 0.1)
+    report.progress("calibrating", 0.0)
     start = time.perf_counter()
     data = _calibration_data(cell, options, dataset, config, inputs.device)
+    train_data = validation_data = None
+    if cell.method == "qat":
+        settings = config.training.model_copy(update={key: options[key] for key in TRAINING_KEYS if key in options})
+        names = (cell.seed, cell.dataset, cell.model, "qat")
+        train_data = training_loader(dataset, settings, inputs.device, names)
+        validation_data = BatchLoader(
+            dataset.splits["validation"], config.run.evaluation_batch_size, device=inputs.device, channels_last=True
+        )
+        options = {key: value for key, value in options.items() if key != "max_train"}  # the loader has it
+    elif cell.strategy is None and cell.method != "ptq_dynamic":
+        options["seed"] = seed_for(cell.seed, cell.dataset, cell.model, "rounding")
     quantized = apply_quantization(
-        model, cell.method, cell.weight_bits, data, activation_bits=cell.activation_bits, **options
+        model,
+        cell.method,
+        cell.weight_bits,
+        data,
+        activation_bits=cell.activation_bits,
+        train_data=train_data,
+        validation_data=validation_data,
+        progress=lambda what, share: report.progress(what, 0.9 * share),
+        **options,
     )
     seconds = time.perf_counter() - start
-    report.progress("predicting", 0.5)
+    report.progress("predicting", 0.9)
     predictions = predict(quantized, test_loader(dataset, config, inputs.device), inputs.device)
     store.write_predictions(cell.id, predictions)
     measured = measure(cell, predictions, names_of(dataset), config, baseline_row)
     measured.columns |= cost_columns(quantized, cell, dataset, config, store)
     measured.columns["compression"] = baseline_row["size_mb"] / measured.columns["size_mb"]
+    training = quantized.reports.get("training")
+    if training is not None:
+        measured.columns["training_seconds"] = training["seconds"]
+        measured.extra["training_log"] = training["log"]
+        seconds -= training["seconds"]
     measured.columns["calibration_seconds"] = seconds
     measured.extra["placement"] = quantized.placement.summary()
+    if "reconstruction" in quantized.reports:
+        measured.extra["reconstruction"] = quantized.reports["reconstruction"].to_dict("records")
+    if "sensitivity" in quantized.reports:
+        budgets, widths = quantized.reports["budgets"], quantized.reports["widths"]
+        sensitivity = quantized.reports["sensitivity"].merge(
+            widths[["layer", "bits"]].rename(columns={"bits": "chosen_bits"}), on="layer"
+        )
+        measured.extra |= {"sensitivity": sensitivity.to_dict("records"), "widths": widths.to_dict("records")}
+        measured.extra["budgets"] = budgets
+        report.detail(_budget_line(budgets))
     return measured
+
+
+TRAINING_KEYS = tuple(key for key in QAT.model_fields if key in Training.model_fields)
+SENSITIVITY_COLUMNS = ("layer", "bits", "sensitivity", "sensitivity_low", "sensitivity_high", "bytes", "chosen_bits")
+
+
+def _budget_line(budgets: dict) -> str:
+    """What a mixed-precision model may use and does use."""
+    parts = [f"{budgets['size_bytes']:,} bytes", f"{budgets['bit_operations']:,} bit operations"]
+    for place, key in enumerate(("size_budget_bytes", "bit_operations_budget")):
+        if budgets[key] is not None:
+            parts[place] += f" (budget {budgets[key]:,})"
+    return "mixed precision: " + ", ".join(parts)
 
 
 def _calibration_data(cell: Cell, options: dict, dataset: FaceDataset, config: Config, device: str):

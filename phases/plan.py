@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import SHORTHANDS, Config, MethodEntry, parse_width
+from config import RECONSTRUCTION_KEYS, SHORTHANDS, Config, MethodEntry, parse_width
 from store import SCHEMA_VERSION, short_hash
+
+QUANTIZATION_VERSION = 2  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
+MEANINGFUL_NONE = ("classifier_bits", "gradient_clip")  # None says something else than the default
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def _quantization(config: Config, baseline: Cell) -> list[Cell]:
             widths = [(weight_bits, activation_bits)]
         else:
             widths = [parse_width(width) for width in entry.bit_widths or config.quantization.bit_widths]
-        settings = {**getattr(config.quantization, method).model_dump(), **entry.options()}
+        settings = config.quantization.settings(entry)
         observers = settings.pop("observer", [None])
         cells += [
             _derived(
@@ -127,12 +130,24 @@ def _mitigation(config: Config, baseline: Cell) -> list[Cell]:
     return cells
 
 
+# settings that do nothing at these values are not part of a cell
+OFF = {
+    "weight_granularity": "per_channel",
+    "activation_scheme": "affine",
+    "equalize": False,
+    "bias_correction": False,
+    "rounding": "nearest",
+}
+
+
 def _options(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that are given and matter; a percentile only where an observer reads it."""
-    options = {key: value for key, value in settings.items() if value is not None}
+    options = {key: value for key, value in settings.items() if value is not None or key in MEANINGFUL_NONE}
     if "percentile" not in (options.get("observer"), options["weight_observer"]):
         del options["percentile"]
-    return options
+    if options.get("rounding") == "nearest":
+        options = {key: value for key, value in options.items() if key not in RECONSTRUCTION_KEYS}
+    return {key: value for key, value in options.items() if key not in OFF or value != OFF[key]}
 
 
 def _derived(
@@ -144,10 +159,15 @@ def _derived(
         "strategy": strategy,
         "bits": [weight_bits, activation_bits],
         "options": options,
+        "version": QUANTIZATION_VERSION,
     }
     label = [strategy or method, f"w{weight_bits}a{activation_bits}"]
-    if "observer" in options:
-        label.append(options["observer"])
+    label += [
+        str(options[key])
+        for key in ("observer", "rounding", "weight_granularity", "activation_scheme")
+        if key in options
+    ]
+    label += [key for key in ("equalize", "bias_correction") if options.get(key)]
     cell = f"{baseline.dataset}-{baseline.model}-s{baseline.seed}-{'-'.join(label)}-{short_hash(identity)}"
     return Cell(
         cell,

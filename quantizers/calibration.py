@@ -22,14 +22,16 @@ CALIBRATION_BATCH = 64
 Statistics = dict[str, ActivationStatistics]  # by the name of the quantizer
 
 
-def gather_images(loader: Iterable, samples: int) -> torch.Tensor:
-    """The first `samples` images of a loader, (n, 3, H, W) with n <= samples. QuantizationError if there is none, a
-    QuantizationWarning if there are fewer than `samples`."""
-    images, count = [], 0
+def gather_images(
+    loader: Iterable, samples: int, with_labels: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The first `samples` images of a loader, (n, 3, H, W) with n <= samples, and their labels (n,) where asked for.
+    QuantizationError if there is none, a QuantizationWarning if there are fewer than `samples`."""
+    images, labels, count = [], [], 0
     for batch in map(as_batch, loader):
-        image = torch.as_tensor(batch["image"])[: samples - count]
-        images.append(image)
-        count += len(image)
+        images.append(torch.as_tensor(batch["image"])[: samples - count])
+        labels.append(torch.as_tensor(batch["label"])[: samples - count])
+        count += len(images[-1])
         if count >= samples:
             break
     if not count:
@@ -40,7 +42,7 @@ def gather_images(loader: Iterable, samples: int) -> torch.Tensor:
             QuantizationWarning,
             stacklevel=2,
         )
-    return torch.cat(images)
+    return (torch.cat(images), torch.cat(labels)) if with_labels else torch.cat(images)
 
 
 def check_images(images: torch.Tensor) -> None:

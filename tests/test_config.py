@@ -319,7 +319,7 @@ def test_a_dynamic_method_has_no_calibration_keys(key):
 
 def test_shorthands_have_the_widths_of_their_names():
     for name, (_, _, weight_bits, activation_bits) in SHORTHANDS.items():
-        if name.startswith("PTQ_INT"):
+        if name.startswith(("PTQ_INT", "QAT_INT")):
             assert (weight_bits, activation_bits) == (int(name[-1]), int(name[-1]))
         elif name.startswith("PTQ_W"):
             assert (weight_bits, activation_bits) == parse_width(name.removeprefix("PTQ_"))
@@ -366,3 +366,38 @@ def test_only_data_sets_in_use_have_to_fit(tmp_path, refusal):
     text = "data: {dataset: synthetic, fairface: {sensitive: [gender]}}"  # fairface's target
     assert load(tmp_path, text).data.fairface.sensitive == ["gender"]
     assert "data.fairface.sensitive" in refusal(text, "data.dataset=[synthetic, fairface]")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{method: qat, bias_correction: true}", "bias_correction = True does not apply to qat; it has observer"),
+        ("{method: QAT_INT4, rounding: adaround}", "rounding = 'adaround' does not apply to QAT_INT4"),
+        ("{method: QAT_INT4, bit_widths: 8}", "bit_widths does not apply to QAT_INT4, whose width is fixed"),
+        ("{method: ptq_dynamic, rounding: adaround}", "does not apply to ptq_dynamic"),
+        ("{method: mixed_precision, first_last_bits: 8}", "does not apply to mixed_precision"),
+        ("{method: ptq_static, size_budget_bytes: 1000}", "size_budget_bytes = 1000 does not apply to ptq_static"),
+        (
+            "{method: ptq_static, reconstruction_iterations: 9}",
+            "reconstruction_iterations does nothing with rounding near",
+        ),
+        ("{method: ptq_static, weight_observer: moving_average}", "weight_observer"),
+        ("{method: mixed_precision, widths: [4, 9]}", "widths"),
+        ("{method: mixed_precision, size_budget_bytes: 0}", "size_budget_bytes"),
+        ("{method: qat, epochs: 0}", "epochs"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(refusal, entry, message):
+    assert message in refusal(f"quantization: {{methods: [{entry}]}}")
+
+
+def test_combinations_that_make_sense_are_not(tmp_path):
+    entry = (
+        "{method: ptq_static, equalize: true, bias_correction: true, rounding: adaround, reconstruction_unit: layer}"
+    )
+    config = load(tmp_path, f"quantization: {{methods: [{entry}]}}")
+    assert config.quantization.settings(config.quantization.methods[0])["equalize"] is True
+    # the section says adaround, so that an entry may say how
+    methods = "[{method: ptq_static, reconstruction_iterations: 9}]"
+    text = f"quantization: {{ptq_static: {{rounding: adaround}}, methods: {methods}}}"
+    assert load(tmp_path, text).quantization.ptq_static.rounding == "adaround"

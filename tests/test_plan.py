@@ -21,7 +21,8 @@ def test_the_default_sweep():
     cells = planned()
     assert {phase: len(block) for phase, block in cells.items()} == {
         "baseline": 5,
-        "quantization": 5 * (4 + 2 + 3),  # static at 8, 4, 2, W4A8; dynamic at 8, 4; three more observers at 4
+        "quantization": 5
+        * (4 + 2 + 3 + 3),  # static at 8, 4, 2, W4A8; dynamic at 8, 4; three observers at 4; a sample of the rest
         "mitigation": 5 * 4,
     }
     everything = [cell for block in cells.values() for cell in block]
@@ -113,3 +114,21 @@ def test_a_percentile_counts_only_where_it_is_read():
     other = planned("models.architectures=resnet50", "quantization.ptq_static.percentile=99.5")["quantization"]
     changed = set(ids(one)) ^ set(ids(other))
     assert len(changed) == 2 and all("percentile" in cell for cell in changed)
+
+
+def test_options_that_are_off_are_not_part_of_a_cell():
+    """So that a later option does not change the identity of the cells that do without it."""
+    (cell,) = planned("models.architectures=resnet50", "quantization.methods=[PTQ_INT8]")["quantization"]
+    assert set(cell.options) == {"observer", "weight_observer", "calibration_samples", "calibration_split"}
+    on = "{method: ptq_static, bit_widths: 8, equalize: true, weight_granularity: per_tensor, rounding: adaround}"
+    (other,) = planned("models.architectures=resnet50", f"quantization.methods=[{on}]")["quantization"]
+    assert other.options["equalize"] is True and other.options["reconstruction_iterations"] == 300
+    assert "bias_correction" not in other.options and "activation_scheme" not in other.options
+    assert "-mse-adaround-per_tensor-equalize-" in other.id and other.id != cell.id
+
+
+def test_the_classifier_may_be_chosen_like_the_others():
+    sets = ("models.architectures=resnet50", "quantization.methods=[mixed_precision]", "quantization.bit_widths=[4]")
+    (kept,) = planned(*sets)["quantization"]
+    (free,) = planned(*sets, "quantization.mixed_precision.classifier_bits=null")["quantization"]
+    assert kept.options["classifier_bits"] == 32 and free.options["classifier_bits"] is None and kept.id != free.id

@@ -61,18 +61,79 @@ def logits(model, loader) -> torch.Tensor:
         return torch.cat([model(batch["image"]) for batch in loader])
 
 
-@pytest.mark.parametrize("method", [*METHODS, "PTQ_INT8", "PTQ_INT4", "PTQ_INT2", "PTQ_W4A8", "dynamic", "bias_aware"])
+@pytest.mark.parametrize(
+    "method",
+    [*METHODS, "PTQ_INT8", "PTQ_INT4", "PTQ_INT2", "PTQ_W4A8", "QAT_INT8", "QAT_INT4", "dynamic", "bias_aware"],
+)
 def test_every_method_quantizes_a_copy(method, model, loader):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     reference = logits(model, loader)
-    quantized = apply_quantization(model, method, calibration_data=loader)
+    quantized = apply_quantization(model, method, calibration_data=loader, train_data=loader)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     assert torch.equal(logits(model, loader), reference) and not model.training
     result = logits(quantized, loader)
     assert torch.isfinite(result).all() and not torch.equal(result, reference)
-    bits = quantized.description["weight_bits"]
     for layer in quantized.layers().values():
-        assert max(len(row.unique()) for row in layer.layer.weight.detach().flatten(1)) <= 2**bits
+        assert max(len(row.unique()) for row in layer.layer.weight.detach().flatten(1)) <= 2**layer.bits
+    if method != "mixed_precision":
+        assert set(quantized.widths().values()) == {quantized.description["weight_bits"]}
+
+
+COMBINED = {"equalize": True, "bias_correction": True, "rounding": "adaround", "reconstruction_iterations": 10}
+
+
+@pytest.mark.parametrize("method", ["ptq_static", "mixed_precision", "bias_aware_calibration"])
+def test_what_makes_sense_together_composes(method, model, loader):
+    plain = apply_quantization(model, method, 5, loader, calibration_samples=64)
+    every = apply_quantization(model, method, 5, loader, calibration_samples=64, **COMBINED)
+    assert not torch.equal(logits(plain, loader), logits(every, loader))
+    assert "reconstruction" in every.reports and every.description["bias_correction_images"] == 64
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_granularity": "per_tensor"},
+        {"activation_scheme": "symmetric"},
+        {"observer": "moving_average"},
+        {"equalize": True},
+        {"bias_correction": True},
+        {"rounding": "adaround", "reconstruction_unit": "layer", "reconstruction_iterations": 10},
+    ],
+)
+def test_every_option_changes_the_model(options, model, loader):
+    plain = apply_quantization(model, "ptq_static", 4, loader, calibration_samples=64)
+    changed = apply_quantization(model, "ptq_static", 4, loader, calibration_samples=64, **options)
+    assert not torch.equal(logits(plain, loader), logits(changed, loader))
+
+
+def test_training_takes_the_loaders_it_is_given(model, loader):
+    """`max_train` images, the calibration data where there are some, the best epoch by `validation_data`."""
+    said = []
+    options = {"train_data": loader, "calibration_samples": 64, "epochs": 3, "learning_rate": 0.05}
+    quantized = apply_quantization(
+        model, "qat", 4, loader, validation_data=loader, progress=lambda what, share: said.append(what), **options
+    )
+    log = quantized.reports["training"]["log"]
+    assert len(log) == 3 and "epoch 3/3" in said and quantized.reports["training"]["seconds"] > 0
+    best = max(row["validation_accuracy"] for row in log)
+    hits = logits(quantized, loader).argmax(1) == torch.cat([batch["label"] for batch in loader])
+    assert float(hits.float().mean()) == pytest.approx(best)
+    few = apply_quantization(model, "qat", 4, max_train=8, **options)
+    assert not torch.equal(logits(few, loader), logits(quantized, loader))
+    first = [{key: value[:8] for key, value in loader[0].items() if key != "sensitive"} | {"sensitive": {}}]
+    alone = apply_quantization(model, "qat", 4, loader, **{**options, "train_data": first})
+    again = apply_quantization(model, "qat", 4, loader, max_train=8, **options)
+    assert torch.equal(logits(alone, loader), logits(again, loader))
+
+
+def test_mixed_precision_by_the_loss_uses_the_labels(model, loader):
+    flipped = [{**batch, "label": 1 - batch["label"]} for batch in loader]
+    tables = [
+        apply_quantization(model, "mixed_precision", 4, data, sensitivity_metric="loss").reports["sensitivity"]
+        for data in (loader, flipped)
+    ]
+    assert (tables[0]["sensitivity"] * tables[1]["sensitivity"] < 0).any()  # what hurts one helps the other
 
 
 def test_bit_width_means_weights_and_activations_unless_said_otherwise(model, loader):
@@ -137,6 +198,15 @@ def test_bias_aware_calibration_weighs_groups_and_not_their_sizes(model):
         ({"calibration_data": None}, "needs calibration_data"),
         ({"calibration_data": []}, "empty"),
         ({"method": "ptq_dynamic", "observer": "mse"}, "no option 'observer'"),
+        ({"method": "qat"}, "needs train_data"),
+        ({"method": "qat", "train_data": iter([])}, "must have a length"),
+        ({"method": "qat", "train_data": [], "rounding": "adaround"}, "no option 'rounding'"),
+        ({"method": "qat", "train_data": [], "bias_correction": True}, "no option 'bias_correction'"),
+        ({"method": "mixed_precision", "first_last_bits": 8}, "no option 'first_last_bits'"),
+        ({"method": "mixed_precision", "size_budget_bytes": 100}, "smallest possible model, [0-9,]+ bytes"),
+        ({"method": "mixed_precision", "bit_operations_budget": 100}, "smallest possible model, [0-9,]+$"),
+        ({"method": "mixed_precision", "widths": [1]}, "widths"),
+        ({"rounding": "adaroun"}, "rounding"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(model, loader, arguments, message):
@@ -203,13 +273,14 @@ def test_a_dead_layer_gives_a_finite_model_and_a_warning(model, loader):
 
 
 def test_comparison_measures_what_it_says(model, loader, tmp_path):
-    methods = ["PTQ_INT8", "PTQ_INT4", "dynamic", "bias_aware"]
+    methods = ["PTQ_INT8", "PTQ_INT4", "QAT_INT4", "mixed_precision", "dynamic", "bias_aware"]
     results = compare_quantization_methods(
         model=model,
         methods=methods,
         test_loader=loader,
         sensitive_attrs=["gender", "age"],
         calibration_data=loader,
+        train_loader=loader,
         observer="minmax",
     )
     table = results.table
@@ -243,6 +314,7 @@ def test_comparison_refuses_before_it_computes(model, loader):
         ({"methods": ["PTQ_INT8", "QAT_INT9"]}, "unknown method"),
         ({"methods": ["PTQ_INT8", "PTQ_INT8"]}, "twice"),
         ({"observr": "mse"}, "none of the methods has an option"),
+        ({"methods": ["QAT_INT8"]}, "needs train_loader"),
     ):
         with pytest.raises(QuantizationError, match=message):
             compare(**arguments)

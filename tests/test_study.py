@@ -44,14 +44,28 @@ TINY = {
     "training": {"epochs": 1, "learning_rate": 0.003},
     "quantization": {
         "bit_widths": [8, 2],
-        "methods": ["ptq_static", "ptq_dynamic", "PTQ_W4A8"],
+        "methods": [
+            "ptq_static",
+            "ptq_dynamic",
+            "PTQ_W4A8",
+            {
+                "method": "ptq_static",
+                "bit_widths": [4],
+                "equalize": True,
+                "bias_correction": True,
+                "rounding": "adaround",
+                "reconstruction_iterations": 5,
+            },
+            {"method": "mixed_precision", "bit_widths": ["W4A8"], "sensitivity_samples": 4},
+            {"method": "qat", "bit_widths": [4], "epochs": 2, "max_train": 64},
+        ],
         "ptq_static": {"calibration_samples": 64},
     },
     "analysis": {"bootstrap_replicates": 200},
     "deployment": {"latency_repeats": 1},
     "run": {"threads_per_cell": 1},
 }
-CELLS = {"baseline": 2, "quantization": 10, "mitigation": 4}
+CELLS = {"baseline": 2, "quantization": 16, "mitigation": 4}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +113,9 @@ def finished(tmp_path_factory, cache) -> tuple[Path, Path]:
 def tables(results: Path) -> dict[str, str]:
     """The result files as text, without what is measured in time."""
     texts = {}
-    for path in sorted([*results.glob("*_results.csv"), results / "training_log.csv"]):
+    for path in sorted(
+        [*results.glob("*_results.csv"), results / "training_log.csv", results / "layer_sensitivity.csv"]
+    ):
         frame = pd.read_csv(path, keep_default_na=False, dtype=str)
         texts[path.name] = frame.drop(columns=[c for c in (*TIMING_COLUMNS, "seconds") if c in frame]).to_csv(
             index=False
@@ -113,6 +129,33 @@ def tables(results: Path) -> dict[str, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------- artifacts
+
+
+def test_training_and_mixed_precision_leave_their_tables(finished):
+    config, results = finished
+    cells = {cell.id: cell for block in plan(load_config(config)).values() for cell in block}
+    rows = pd.read_csv(results / "quantization_results.csv").set_index("cell")
+    log = pd.read_csv(results / "training_log.csv")
+    trained = log.groupby("cell")["epoch"].max()
+    assert {cells[cell].method for cell in trained.index} == {"none", "qat"}
+    for cell, epochs in trained.items():
+        if cells[cell].method == "qat":
+            assert epochs == 2 and rows.loc[cell, "training_seconds"] > 0 and rows.loc[cell, "calibration_seconds"] > 0
+    assert rows["training_seconds"].notna().sum() == 2
+    table = pd.read_csv(results / "layer_sensitivity.csv")
+    mixed = [cell for cell in rows.index if cells[cell].method == "mixed_precision"]
+    assert list(dict.fromkeys(table["cell"])) == mixed and len(mixed) == 2
+    for cell in mixed:
+        record = json.loads((results / "cells" / f"{cell}.json").read_text())["extra"]
+        block = table[table["cell"] == cell]
+        assert len(block) == 6 * (len(record["widths"]) - 1)  # six widths of every layer but the classifier
+        chosen = block.drop_duplicates("layer").set_index("layer")["chosen_bits"].to_dict()
+        assert chosen == {row["layer"]: row["bits"] for row in record["widths"] if row["bits"] != 32}
+        assert record["budgets"]["size_bytes"] <= record["budgets"]["size_budget_bytes"]
+        uniform = rows[(rows.method == "ptq_static") & (rows.weight_bits == 4) & (rows.activation_bits == 8)]
+        uniform = uniform[uniform.model == rows.loc[cell, "model"]]
+        assert rows.loc[cell, "size_mb"] < 1.1 * float(uniform["size_mb"].iloc[0])
+    assert (results / "analysis" / "layer_sensitivity.png").stat().st_size > 10_000
 
 
 def test_every_cell_is_there_and_every_column_is_true(finished):
