@@ -136,10 +136,10 @@ def _layers(model: QuantizedModel) -> list[Segment]:
     quantizers = {id(module): name for name, module in model.activation_quantizers().items()}
     pieces, taken = [], set()
     for node in network.graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.Module):
+        if node.op != "call_module":
             continue
         layers = [module for module in modules[node.target].modules() if isinstance(module, QuantizedLayer)]
-        if not layers:
+        if not layers or len(node.all_input_nodes) != 1:  # several inputs: code that cannot be traced, left as it is
             continue
         nodes, source = [node], node.args[0]
         before = source.op == "call_module" and quantizers.get(id(modules[source.target]))
@@ -193,7 +193,8 @@ class _Learning:
         for module in learned.values():
             module.freeze()
         with torch.no_grad():
-            after = self._error(x, target)
+            is_sound = all(bool(torch.isfinite(quantizer.scale)) for quantizer in self.quantizers)
+            after = self._error(x, target) if is_sound else math.inf
         if not after < before:
             for layer, (integer, scale) in zip(self.layers, weights, strict=True):
                 layer.set_weights(integer, scale)
@@ -264,6 +265,7 @@ class SoftLayer(nn.Module):
         rest = (steps - self.floor).clamp(1e-3, 1 - 1e-3)
         share = (rest - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)
         self.up = nn.Parameter(torch.log(share / (1 - share)))
+        self.latest = torch.empty(0)  # the share that the last forward pass used
 
     @property
     def layer(self) -> nn.Module:
@@ -273,11 +275,12 @@ class SoftLayer(nn.Module):
         return (torch.sigmoid(self.up) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
 
     def undecided(self, beta: float) -> torch.Tensor:
-        """0 where every weight is up or down (AdaRound, eq. 24)."""
-        return (1 - (2 * self.share() - 1).abs().pow(beta)).sum()
+        """0 where every weight was up or down in the last forward pass (AdaRound, eq. 24)."""
+        return self.latest.numel() - (2 * self.latest - 1).abs().pow(beta).sum()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = (self.floor + self.share()).clamp(*self.bounds) * self.scale
+        self.latest = self.share()
+        weight = (self.floor + self.latest).clamp(*self.bounds) * self.scale
         return torch.func.functional_call(self.layer, {"weight": weight}, (x,))
 
     @torch.no_grad()

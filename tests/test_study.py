@@ -337,7 +337,7 @@ def test_fresh_computes_again(finished, tmp_path):
 def test_dry_run_prints_the_cells_and_writes_nothing(finished, tmp_path, capsys):
     assert study(finished[0], tmp_path / "none", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "quantization: 10 cells, 0 done, 10 to do" in out and out.count("to do   ") == sum(CELLS.values())
+    assert "quantization: 16 cells, 0 done, 16 to do" in out and out.count("to do   ") == sum(CELLS.values())
     assert not (tmp_path / "none").exists()
     assert study(finished[0], finished[1], "--dry-run", phase="baseline") == 0
     assert "baseline: 2 cells, 2 done, 0 to do" in capsys.readouterr().out
