@@ -406,7 +406,7 @@ def test_a_cell_that_fails_is_named_and_the_sweep_goes_on(finished, tmp_path, ca
     assert math.isnan(rows["accuracy"]["test_resnet"]) and rows["accuracy"]["test_efficientnet"] > 0
     derived = pd.read_csv(results / "quantization_results.csv").groupby("model")["status"].unique()
     assert derived.map(list).to_dict() == {"test_efficientnet": ["done"], "test_resnet": ["failed"]}
-    assert "7 cells failed" in out or "8 cells failed" in out  # 1 baseline, 5 quantized, 2 mitigated
+    assert "11 cells failed" in out  # 1 baseline, 8 quantized, 2 mitigated
     assert "failed: synthetic-test_resnet-s0-fp32" in out
     summary = (results / "analysis" / "summary.md").read_text()
     assert "synthetic-test_resnet-s0-fp32" in summary
@@ -656,9 +656,10 @@ def test_real_faces_end_to_end(fairface_root, tmp_path, cache):
 
 
 def test_the_training_loop_is_the_only_one():
-    """Nothing else in the project steps an optimizer."""
+    """Nothing else in the project trains a network; reconstruction learns pieces of one, without labels."""
     sources = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", "benchmarks"} & set(p.relative_to(ROOT).parts)]
-    assert [p.name for p in sources if ".backward(" in p.read_text()] == [Path(training.__file__).name]
+    found = {p.name for p in sources if ".backward(" in p.read_text()}
+    assert found == {Path(training.__file__).name, "reconstruction.py"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
