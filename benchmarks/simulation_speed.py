@@ -85,9 +85,9 @@ def sweep(count: int) -> None:
     slow = measure_sensitivity(quantized, images, reuse_prefix=False, **options)
     off = float(np.abs(fast.values_LW - slow.values_LW).max() / np.abs(slow.values_LW).max())
     print(
-        f"\nsensitivity of {len(fast.layers)} layers of resnet50 to {len(fast.widths)} widths, {count} images of 64 px: "
-        f"{slow.seconds:.1f} s running the whole network each time, {fast.seconds:.1f} s from the layer on "
-        f"({slow.seconds / fast.seconds:.1f} times faster; largest difference {off:.1e} of the largest sensitivity)"
+        f"\nsensitivity of {len(fast.layers)} layers of resnet50 to {len(fast.widths)} widths, {count} images, 64 px: "
+        f"{slow.seconds:.1f} s with the whole network each time, {fast.seconds:.1f} s from the layer on, "
+        f"{slow.seconds / fast.seconds:.1f} times faster (largest difference {off:.1e} of the largest sensitivity)"
     )
 
 
