@@ -98,6 +98,8 @@ def _quantization(config: Config, baseline: Cell) -> list[Cell]:
     cells = []
     for entry in config.quantization.methods:
         entry = MethodEntry(method=entry) if isinstance(entry, str) else entry
+        if entry.architectures is not None and baseline.model not in entry.architectures:
+            continue
         method, _, weight_bits, activation_bits = SHORTHANDS.get(entry.method, (entry.method, None, None, None))
         if weight_bits is not None:
             widths = [(weight_bits, activation_bits)]

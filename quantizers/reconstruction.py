@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from evaluation import device_of, eval_mode
 from quantizers.execution import WALK_BATCH, WALK_MEMORY, Segment, Walk, images_within, run_segment, segments
@@ -224,13 +223,17 @@ class _Learning:
         )
         rates = [group["lr"] for group in optimizer.param_groups]
         channels = target.shape[1] if target.ndim != 3 else target.shape[2]  # tokens have theirs last
+        # each image counts the same, whatever its energy; all together what they would in a plain mean
+        energy_N = target.pow(2).flatten(1).mean(dim=1)
+        importance_N = energy_N.mean() / energy_N.clamp(min=1e-6 * energy_N.mean().clamp(min=1e-12))
         for step in range(iterations):
             index = torch.randint(len(x), (batch_size,), generator=generator).to(x.device)
             batch, wanted = x[index], target[index]
             if drop > 0:
                 keep = torch.rand(batch.shape, generator=generator) < drop
                 batch = torch.where(keep.to(x.device), exact[index], batch)
-            loss = F.mse_loss(run_segment(self.model.network, self.piece, batch), wanted) * channels
+            error = (run_segment(self.model.network, self.piece, batch) - wanted).pow(2).flatten(1).mean(dim=1)
+            loss = (error * importance_N[index]).mean() * channels
             progress = (step / max(1, iterations) - WARM_UP) / (1 - WARM_UP)
             if progress > 0:
                 beta = BETA_END + 0.5 * (BETA_START - BETA_END) * (1 + math.cos(math.pi * progress))
@@ -247,7 +250,9 @@ class _Learning:
         return torch.cat(batches)
 
     def _error(self, x: torch.Tensor, target: torch.Tensor) -> float:
-        return float((self._output(x) - target).pow(2).mean() / target.pow(2).mean().clamp(min=1e-12))
+        error_N = (self._output(x) - target).pow(2).flatten(1).mean(dim=1)
+        energy_N = target.pow(2).flatten(1).mean(dim=1)
+        return float((error_N / energy_N.clamp(min=1e-6 * energy_N.mean().clamp(min=1e-12))).mean())
 
 
 class SoftLayer(nn.Module):

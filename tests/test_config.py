@@ -385,6 +385,10 @@ def test_only_data_sets_in_use_have_to_fit(tmp_path, refusal):
         ("{method: mixed_precision, widths: [4, 9]}", "widths"),
         ("{method: mixed_precision, size_budget_bytes: 0}", "size_budget_bytes"),
         ("{method: qat, epochs: 0}", "epochs"),
+        (
+            "{method: qat, architectures: [resnet5]}",
+            "[0].architectures: 'resnet5' is none of the models (did",
+        ),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(refusal, entry, message):

@@ -132,3 +132,14 @@ def test_the_classifier_may_be_chosen_like_the_others():
     (kept,) = planned(*sets)["quantization"]
     (free,) = planned(*sets, "quantization.mixed_precision.classifier_bits=null")["quantization"]
     assert kept.options["classifier_bits"] == 32 and free.options["classifier_bits"] is None and kept.id != free.id
+
+
+def test_an_entry_may_be_for_some_architectures_only():
+    entry = "{method: qat, bit_widths: 4, architectures: mobilenet_v2}"
+    cells = planned("models.architectures=[resnet50, mobilenet_v2]", f"quantization.methods=[PTQ_INT8, {entry}]")
+    assert [(c.model, c.method) for c in cells["quantization"]] == [
+        ("resnet50", "ptq_static"),
+        ("mobilenet_v2", "ptq_static"),
+        ("mobilenet_v2", "qat"),
+    ]
+    assert "architectures" not in cells["quantization"][-1].options
