@@ -66,6 +66,9 @@ METHODS = {
 }
 
 
+SAME_RECIPE = "PTQ, equalized, bias corrected"  # what Brevitas is told to do
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results-dir", type=Path, default=Path("results/quality"))
@@ -203,7 +206,9 @@ def show(results: Path, models: list[str]) -> None:
         result = json.loads(path.read_text())
         found[result["model"], result["method"], result["width"]] = result
     models = [model for model in models if (model, "FP32", "") in found]
-    print("\n| top-1 accuracy in % (change from FP32; seconds) | " + " | ".join(map(model_label, models)) + " |")
+    print(
+        "\n| top-1 accuracy in % (change, predictions changed, time) | " + " | ".join(map(model_label, models)) + " |"
+    )
     print("|---|" + "---|" * len(models))
     row = [f"{100 * found[model, 'FP32', '']['accuracy']:.1f}" for model in models]
     print("| FP32 | " + " | ".join(row) + " |")
@@ -217,72 +222,81 @@ def show(results: Path, models: list[str]) -> None:
         print(f"- {line}")
 
 
+class Paired:
+    """A method against FP32 on the same images: points lost, their 95 % interval, predictions changed (in %)."""
+
+    def __init__(self, fp32: dict, result: dict):
+        before, after = (np.array(list(one["hits"])) == "1" for one in (fp32, result))
+        difference = before.astype(float) - after.astype(float)
+        half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference))
+        self.after = after
+        self.lost = 100 * difference.mean()
+        self.low, self.high = self.lost - 100 * half, self.lost + 100 * half
+        self.changed = 100 * float((before != after).mean())  # of two classes, right to wrong or wrong to right
+        self.seconds = result["seconds"]
+
+    def text(self) -> str:
+        return f"{self.lost:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
 def _cell(found: dict, model: str, label: str, width: str) -> str | None:
     result = found.get((model, label, width))
     if result is None:
         return None
-    change = 100 * (result["accuracy"] - found[model, "FP32", ""]["accuracy"])
-    return f"{100 * result['accuracy']:.1f} ({change:+.1f}; {result['seconds']:.0f} s)"
+    paired = Paired(found[model, "FP32", ""], result)
+    return f"{100 * result['accuracy']:.1f} ({-paired.lost:+.1f}, {paired.changed:.1f} %, {paired.seconds:.0f} s)"
 
 
 def verdicts(found: dict, models: list[str]) -> list[str]:
-    """What the table was made to find out, each with its number; p from McNemar's exact test on the same images."""
+    """What the table was made to find out, each with its number and the 95 % interval of the paired difference."""
     lines = []
-
-    def loss(model: str, label: str, width: str) -> float | None:
-        result = found.get((model, label, width))
-        return None if result is None else 100 * (found[model, "FP32", ""]["accuracy"] - result["accuracy"])
-
-    def p(model: str, one: tuple[str, str], other: tuple[str, str]) -> str:
-        first, second = (np.array(list(found[(model, *key)]["hits"])) == "1" for key in (one, other))
-        gained, lost = int((first & ~second).sum()), int((~first & second).sum())
-        return f"p = {binomtest(gained, gained + lost).pvalue if gained + lost else 1.0:.2g}"
-
     for model in models:
         name = model_label(model)
+        of = {
+            key[1:]: Paired(found[model, "FP32", ""], result)
+            for key, result in found.items()
+            if key[0] == model and key[1] != "FP32"
+        }
         for label, width, most in (("PTQ", "W8A8", 0.5), ("reconstruction", "W4A8", 1.5), ("QAT", "W4A4", 2.0)):
-            lost = loss(model, label, width)
-            if lost is not None:
-                verdict = "within" if lost <= most else "NOT within"
-                lines.append(
-                    f"{name}: {width} {label} loses {lost:.2f} points, {verdict} {most} "
-                    f"({p(model, ('FP32', ''), (label, width))})"
+            if (label, width) in of:
+                one = of[label, width]
+                verdict = "within" if one.lost <= most else "NOT within"
+                lines.append(f"{name}: {width} {label} loses {one.text()} points, {verdict} {most}")
+        for width in ("W4A8", "W4A4", "W2A4"):
+            if ("PTQ", width) in of and ("reconstruction", width) in of:
+                plain, learned = of["PTQ", width], of["reconstruction", width]
+                share = (
+                    f"{100 * (1 - learned.lost / plain.lost):.0f} % of it" if plain.lost > 0 else "nothing to recover"
                 )
-        plain, learned = loss(model, "PTQ", "W4A4"), loss(model, "reconstruction", "W4A4")
-        if plain is not None and learned is not None:
-            share = f"{100 * (1 - learned / plain):.0f} % of it" if plain > 0 else "nothing was lost"
-            lines.append(f"{name}: W4A4 PTQ loses {plain:.2f} points, reconstruction recovers {share}")
-        for width in ("W8A8", "W4A8"):
-            before, after = loss(model, "PTQ, per tensor", width), loss(model, "PTQ, per tensor, both", width)
-            if before is not None and after is not None:
                 lines.append(
-                    f"{name}: {width} per tensor loses {before:.2f} points, "
-                    f"{after:.2f} with equalization and bias correction"
+                    f"{name}: {width} PTQ loses {plain.text()} points, reconstruction recovers {share} and changes "
+                    f"{learned.changed:.1f} % of the predictions, PTQ {plain.changed:.1f} %"
+                )
+        for width in ("W8A8", "W4A8"):
+            if ("PTQ, per tensor", width) in of and ("PTQ, per tensor, both", width) in of:
+                plain, both = of["PTQ, per tensor", width], of["PTQ, per tensor, both", width]
+                lines.append(
+                    f"{name}: {width} per tensor loses {plain.text()} points and changes {plain.changed:.1f} % of the "
+                    f"predictions; equalized and bias corrected {both.text()} and {both.changed:.1f} %"
                 )
         for width in ("W4A8", "W4A4"):
-            mixed, uniform = loss(model, "mixed precision, same size", width), loss(model, "PTQ", width)
-            if mixed is not None and uniform is not None:
-                verdict = "beats" if mixed < uniform else "does NOT beat"
-                both = ("mixed precision, same size", width), ("PTQ", width)
+            if ("mixed precision, same size", width) in of and ("PTQ", width) in of:
+                mixed, uniform = of["mixed precision, same size", width], of["PTQ", width]
+                verdict = "beats" if mixed.lost < uniform.lost else "does NOT beat"
                 lines.append(
-                    f"{name}: mixed precision of the size of {width} {verdict} it by {uniform - mixed:.2f} points "
-                    f"({p(model, *both)})"
+                    f"{name}: mixed precision of the size of {width} {verdict} it: loses {mixed.text()} points, not "
+                    f"{uniform.text()}, and changes {mixed.changed:.1f} % of the predictions, not {uniform.changed:.1f} %"
                 )
         for width in ("W8A8", "W4A8"):
-            theirs = loss(model, "Brevitas", width)
-            ours = {
-                label: loss(model, label, width)
-                for label in ("PTQ", "PTQ, equalized, bias corrected", "reconstruction")
-                if loss(model, label, width) is not None
-            }
-            if theirs is not None and ours:
-                same = ours.get("PTQ, equalized, bias corrected", ours["PTQ"])
-                best = min(ours, key=ours.get)
-                winner = "ours" if same < theirs else "Brevitas" if theirs < same else "neither"
+            if ("Brevitas", width) in of and (SAME_RECIPE, width) in of:
+                theirs, same, plain = of["Brevitas", width], of[SAME_RECIPE, width], of["PTQ", width]
+                winner = "ours" if same.lost < theirs.lost else "Brevitas" if theirs.lost < same.lost else "neither"
+                test = binomtest(
+                    int((same.after & ~theirs.after).sum()), max(1, int((same.after != theirs.after).sum()))
+                )
                 lines.append(
-                    f"{name}: {width} Brevitas loses {theirs:.2f}, the same recipe of ours {same:.2f} (wins: {winner}, "
-                    f"{p(model, ('PTQ, equalized, bias corrected', width), ('Brevitas', width))}), "
-                    f"our best, {best}, {ours[best]:.2f}"
+                    f"{name}: {width} Brevitas loses {theirs.text()}, the same recipe of ours {same.text()}: {winner} "
+                    f"wins, McNemar p = {test.pvalue:.2g} (our plain PTQ {plain.text()})"
                 )
     return lines
 

@@ -50,13 +50,19 @@ class LearnedActivation(nn.Module):
         zero_point = float(quantizer.zero_point)
         self.bounds = tuple(bound - zero_point for bound in quantizer.bounds())
         self.levels = quantizer.bounds()[1]
+        self.drop = 0.0  # the share of values that pass as they are, drawn from `generator` (QDrop: Wei et al. 2022)
+        self.generator: torch.Generator | None = None
 
     def current_scale(self) -> torch.Tensor:
         return self.scale * torch.exp(SCALE_RATE * self.theta)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gradient_scale = 1 / math.sqrt(max(1, x.numel() // max(1, len(x))) * self.levels)
-        return LearnedStep.apply(x.float(), self.current_scale(), *self.bounds, gradient_scale)
+        y = LearnedStep.apply(x.float(), self.current_scale(), *self.bounds, gradient_scale)
+        if self.drop == 0:
+            return y
+        kept = torch.rand(x.shape, generator=self.generator) < self.drop
+        return torch.where(kept.to(x.device), x, y)
 
     @torch.no_grad()
     def freeze(self) -> None:

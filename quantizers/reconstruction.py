@@ -31,6 +31,7 @@ BETA_START, BETA_END = 20.0, 2.0  # the exponent of that pressure, annealed: Ada
 PRESSURE = 0.01  # its weight in the loss
 LARGEST_BLOCK = 3  # single-layer pieces that follow one another are learned together up to so many layers, as in BRECQ
 
+INNER, IMPORTANCE = False, False
 Progress = Callable[[str, float], None]
 
 
@@ -226,6 +227,12 @@ class _Learning:
         # each image counts the same, whatever its energy; all together what they would in a plain mean
         energy_N = target.pow(2).flatten(1).mean(dim=1)
         importance_N = energy_N.mean() / energy_N.clamp(min=1e-6 * energy_N.mean().clamp(min=1e-12))
+        if INNER:
+            for module in learned:
+                if isinstance(module, LearnedActivation):
+                    module.drop, module.generator = drop, generator
+        if not IMPORTANCE:
+            importance_N = torch.ones_like(importance_N)
         for step in range(iterations):
             index = torch.randint(len(x), (batch_size,), generator=generator).to(x.device)
             batch, wanted = x[index], target[index]
