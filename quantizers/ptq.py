@@ -111,6 +111,13 @@ def attach(
         weight_granularity=recipe.weight_granularity,
         equalize=functools.partial(equalize, sample=sample) if recipe.equalize else None,
     )
+    for name, reason in placement.opaque.items():
+        warnings.warn(
+            f"{name} cannot be traced ({reason[:120]}): it is kept whole; the convolutions and linear layers inside "
+            "are quantized, everything else in it stays in float",
+            QuantizationWarning,
+            stacklevel=3,
+        )
     description = {"method": method, "weight_bits": weight_bits, "activation_bits": activation_bits}
     quantized = QuantizedModel(network, placement, description).to(device_of(model)).eval()
     if images is not None:

@@ -2,11 +2,11 @@
 
 Weights: AdaRound (Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020), each weight
 rounded up or down as a sigmoid learns. Pieces: residual blocks (BRECQ: Li et al., ICLR 2021) or single layers, one
-after the other, each on what the quantized pieces before it give and against what the float network gave. Activation
-scales are learned with them by the gradients of LSQ (Esser et al., ICLR 2020), and half of the input values are those
-of the float network, drawn anew in each step, which keeps the few images from being learned by heart (QDrop: Wei et
-al., ICLR 2022). A piece keeps what was learned only where its error on all the images is less than with rounding to
-nearest.
+after the other, each on what the quantized pieces before it give and against what the float network gave. An image's
+error is relative to its own energy, as in the mse observer. Activation scales are learned with them by the gradients of
+LSQ (Esser et al., ICLR 2020), and half of the activations are not quantized, drawn anew in each step, which keeps the
+few images from being learned by heart (QDrop: Wei et al., ICLR 2022). A piece keeps what was learned only where its
+error on all the images is less than with rounding to nearest.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # of the rectified sigmoid: AdaRound, eq.
 WARM_UP = 0.2  # share of the iterations without pressure towards up or down
 BETA_START, BETA_END = 20.0, 2.0  # the exponent of that pressure, annealed: AdaRound, eq. 24
 PRESSURE = 0.01  # its weight in the loss
+LEAST_ENERGY = 1e-3  # of the mean image's: an image of less counts as if it had so much
 LARGEST_BLOCK = 3  # single-layer pieces that follow one another are learned together up to so many layers, as in BRECQ
 
-INNER, IMPORTANCE = False, False
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What was done: on how many images, and for each piece its layers and its mean squared error, as a share of the
-    mean square of its float output, rounded to nearest and as it is now."""
+    """What was done: on how many images, and for each piece its layers and its squared error, as a share of the energy
+    of its float output, mean over images, rounded to nearest and as it is now."""
 
     unit: str
     images: int
@@ -68,9 +68,9 @@ def reconstruct(
     """Learn the rounding of every quantized layer, in place, and the scales of the activations between them.
 
     Weights and ranges must be set, and the float parameters not yet forgotten. `images` (n, 3, H, W): as many as
-    `memory_bytes` of live activations hold, the first ones. `unit` is "block" or "layer"; `drop` the share of input
-    values taken from the float network. The same seed gives the same model. If it fails, the pieces that are not done
-    are as they were.
+    `memory_bytes` of live activations hold, the first ones. `unit` is "block" or "layer"; `drop` the share of the
+    activations that are taken as they are in a step. The same seed gives the same model. If it fails, the pieces that
+    are not done are as they were.
     """
     if unit not in ("block", "layer"):
         raise QuantizationError(f"unknown reconstruction unit {unit!r}; choose from block, layer")
@@ -225,14 +225,11 @@ class _Learning:
         rates = [group["lr"] for group in optimizer.param_groups]
         channels = target.shape[1] if target.ndim != 3 else target.shape[2]  # tokens have theirs last
         # each image counts the same, whatever its energy; all together what they would in a plain mean
-        energy_N = target.pow(2).flatten(1).mean(dim=1)
-        importance_N = energy_N.mean() / energy_N.clamp(min=1e-6 * energy_N.mean().clamp(min=1e-12))
-        if INNER:
-            for module in learned:
-                if isinstance(module, LearnedActivation):
-                    module.drop, module.generator = drop, generator
-        if not IMPORTANCE:
-            importance_N = torch.ones_like(importance_N)
+        energy_N = _energy(target)
+        importance_N = energy_N.mean() / energy_N
+        for module in learned:
+            if isinstance(module, LearnedActivation):
+                module.drop, module.generator = drop, generator
         for step in range(iterations):
             index = torch.randint(len(x), (batch_size,), generator=generator).to(x.device)
             batch, wanted = x[index], target[index]
@@ -258,8 +255,13 @@ class _Learning:
 
     def _error(self, x: torch.Tensor, target: torch.Tensor) -> float:
         error_N = (self._output(x) - target).pow(2).flatten(1).mean(dim=1)
-        energy_N = target.pow(2).flatten(1).mean(dim=1)
-        return float((error_N / energy_N.clamp(min=1e-6 * energy_N.mean().clamp(min=1e-12))).mean())
+        return float((error_N / _energy(target)).mean())
+
+
+def _energy(target: torch.Tensor) -> torch.Tensor:
+    """(N,) mean square of each image's values; of those that are next to nothing beside the others, a share of theirs."""
+    energy_N = target.pow(2).flatten(1).mean(dim=1)
+    return energy_N.clamp(min=LEAST_ENERGY * float(energy_N.mean()) or 1.0)
 
 
 class SoftLayer(nn.Module):

@@ -318,3 +318,34 @@ def test_comparison_refuses_before_it_computes(model, loader):
     ):
         with pytest.raises(QuantizationError, match=message):
             compare(**arguments)
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Conv2d(3, 4, 3), Gate(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.gate(self.stem(x)).mean((2, 3)))
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.inner(x) if float(x.mean()) < 1e9 else x
+
+
+@pytest.mark.parametrize("method", ["ptq_static", "ptq_dynamic", "qat", "mixed_precision"])
+def test_what_cannot_be_traced_is_named_and_what_happens_to_it_said(method, loader):
+    options = {"calibration_samples": 64} if method != "ptq_dynamic" else {}
+    options |= {"rounding": "adaround", "reconstruction_iterations": 3} if method == "ptq_static" else {}
+    torch.manual_seed(0)
+    with pytest.warns(
+        QuantizationWarning, match=r"^gate cannot be traced \(.*\): it is kept whole; the conv.* in float$"
+    ):
+        quantized = apply_quantization(Untraceable(), method, 4, loader, train_data=loader, **options)
+    assert "gate.inner" in quantized.layers()
+    assert torch.isfinite(logits(quantized, loader)).all()
