@@ -130,6 +130,7 @@ def _mixed_precision(
         activation_bits=activation_bits,
         progress=data.progress,
         metric=own.pop("sensitivity_metric"),
+        sensitivity=options["sensitivity"],
         **own,
         **_recipe(options),
     )
@@ -179,7 +180,7 @@ METHODS: dict[str, Method] = {
     "ptq_static": Method(_ptq_static, (PTQStatic,), True, (("seed", 0),)),
     "ptq_dynamic": Method(_ptq_dynamic, (PTQDynamic,), False),
     "qat": Method(_qat, (QAT,), False),
-    "mixed_precision": Method(_mixed_precision, (MixedPrecision,), True, (("seed", 0),)),
+    "mixed_precision": Method(_mixed_precision, (MixedPrecision,), True, (("seed", 0), ("sensitivity", None))),
     "bias_aware_calibration": Method(
         _bias_aware, (PTQStatic, BiasAwareCalibration), True, (("seed", 0), ("attributes", None))
     ),

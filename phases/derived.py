@@ -26,6 +26,7 @@ from phases.baseline import (
 from phases.measure import measure
 from phases.plan import Cell, plan
 from quantization import apply_quantization
+from quantizers.sensitivity import Sensitivity
 from runner import CellResult, Report, run_cells
 from store import MissingArtifactError, Store, StoreError, seed_for
 
@@ -64,6 +65,8 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
         options = {key: value for key, value in options.items() if key != "max_train"}  # the loader has it
     elif cell.strategy is None and cell.method != "ptq_dynamic":
         options["seed"] = seed_for(cell.seed, cell.dataset, cell.model, "rounding")
+    if cell.method == "mixed_precision":
+        options["sensitivity"] = inputs.sensitivity(cell)
     quantized = apply_quantization(
         model,
         cell.method,
@@ -92,6 +95,7 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     if "reconstruction" in quantized.reports:
         measured.extra["reconstruction"] = quantized.reports["reconstruction"].to_dict("records")
     if "sensitivity" in quantized.reports:
+        inputs.keep_sensitivity(cell, quantized.reports["measurement"])
         budgets, widths = quantized.reports["budgets"], quantized.reports["widths"]
         sensitivity = quantized.reports["sensitivity"].merge(
             widths[["layer", "bits"]].rename(columns={"bits": "chosen_bits"}), on="layer"
@@ -102,6 +106,15 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     return measured
 
 
+def _measured_by(cell: Cell) -> tuple:
+    """Everything that a cell's layer sensitivities depend on: neither its widths nor its budgets nor its rounding."""
+    return cell.baseline_cell, *((key, str(cell.options.get(key))) for key in SENSITIVITY_KEYS)
+
+
+SENSITIVITY_KEYS = (
+    "calibration_samples", "calibration_split", "weight_observer", "percentile", "weight_granularity", "equalize",
+    "widths", "sensitivity_metric", "sensitivity_samples", "classifier_bits",
+)  # fmt: skip
 TRAINING_KEYS = tuple(key for key in QAT.model_fields if key in Training.model_fields)
 SENSITIVITY_COLUMNS = ("layer", "bits", "sensitivity", "sensitivity_low", "sensitivity_high", "bytes", "chosen_bits")
 
@@ -135,6 +148,14 @@ class Inputs:
         self.config, self.store, self.device = config, store, device
         self.datasets = DatasetCache(config)
         self.loaded: tuple[str, nn.Module] | None = None
+        self.measured: tuple[tuple, Sensitivity] | None = None
+
+    def sensitivity(self, cell: Cell) -> Sensitivity | None:
+        """What an earlier cell of the same model measured, where this one would measure the same."""
+        return self.measured[1] if self.measured is not None and self.measured[0] == _measured_by(cell) else None
+
+    def keep_sensitivity(self, cell: Cell, sensitivity: Sensitivity) -> None:
+        self.measured = (_measured_by(cell), sensitivity)
 
     def baseline_row(self, cell: Cell) -> dict:
         row = self.store.record(cell.baseline_cell)["row"]

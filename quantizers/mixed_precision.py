@@ -40,6 +40,7 @@ def mixed_precision(
     metric: str = "kl",
     sensitivity_samples: int = 128,
     classifier_bits: int | None = FLOAT_BITS,
+    sensitivity: Sensitivity | None = None,
     progress: ptq.Progress | None = None,
     **recipe,
 ) -> QuantizedModel:
@@ -47,7 +48,9 @@ def mixed_precision(
 
     Without a budget the size is that of the model with `weight_bits` everywhere. `classifier_bits` None lets the last
     layer be chosen like the others. Sensitivities are measured on the first `sensitivity_samples` of `images`
-    (n, 3, H, W), with `labels` (n,) where `metric` is "loss". `recipe` holds fields of `ptq.Recipe`.
+    (n, 3, H, W), with `labels` (n,) where `metric` is "loss"; or they are those of an earlier call for the same model
+    and images, whatever its widths and budgets: `sensitivity=earlier.reports["measurement"]`. `recipe` holds fields of
+    `ptq.Recipe`.
 
     `reports` of the result has the DataFrames `sensitivity` and `widths`, a row for each layer, and the dict `budgets`:
     what was asked for (`size_budget_bytes`, `bit_operations_budget`; None: no limit), and what is used (`size_bytes`,
@@ -60,16 +63,20 @@ def mixed_precision(
     check_images(images)
     quantized = ptq.attach(model, images, "mixed_precision", weight_bits, activation_bits, recipe)
     statistics = ptq.observe_activations(quantized, images, recipe)
-    sensitivity = measure_sensitivity(
-        quantized,
-        images[:sensitivity_samples],
-        None if labels is None else labels[:sensitivity_samples],
-        widths=tuple(sorted(widths)),
-        metric=metric,
-        weight_observer=recipe.weight_scales(),
-        layers=[name for name in quantized.placement.layers if name != _classifier(quantized, classifier_bits)],
-        progress=progress,
-    )
+    measured = [name for name in quantized.placement.layers if name != _classifier(quantized, classifier_bits)]
+    if sensitivity is None:
+        sensitivity = measure_sensitivity(
+            quantized,
+            images[:sensitivity_samples],
+            None if labels is None else labels[:sensitivity_samples],
+            widths=tuple(sorted(widths)),
+            metric=metric,
+            weight_observer=recipe.weight_scales(),
+            layers=measured,
+            progress=progress,
+        )
+    elif list(sensitivity.layers) != measured:
+        raise QuantizationError("the sensitivity that was given is of another model, or of another classifier_bits")
     chosen, found, budgets = choose_widths(
         quantized,
         sensitivity,
@@ -92,7 +99,12 @@ def mixed_precision(
         "is_optimal": found.is_optimal,
     }
     quantized.description["mixed_precision"] = {**budgets, "metric": metric}
-    quantized.reports |= {"sensitivity": sensitivity.table(), "widths": widths_table, "budgets": budgets}
+    quantized.reports |= {
+        "measurement": sensitivity,
+        "sensitivity": sensitivity.table(),
+        "widths": widths_table,
+        "budgets": budgets,
+    }
     return quantized
 
 

@@ -259,7 +259,7 @@ class _Learning:
 
 
 def _energy(target: torch.Tensor) -> torch.Tensor:
-    """(N,) mean square of each image's values; of those that are next to nothing beside the others, a share of theirs."""
+    """(N,) mean square of each image's values, at least a share (LEAST_ENERGY) of the mean of all."""
     energy_N = target.pow(2).flatten(1).mean(dim=1)
     return energy_N.clamp(min=LEAST_ENERGY * float(energy_N.mean()) or 1.0)
 

@@ -174,3 +174,16 @@ def test_a_budget_that_nothing_fits_names_the_smallest_model(chain):
 def test_a_width_of_the_edges_is_refused(chain):
     with pytest.raises(QuantizationError, match="leave out first_last_bits"):
         mixed_precision(chain, images(), weight_bits=4, activation_bits=8, first_last_bits=8)
+
+
+def test_sensitivities_are_measured_once_for_all_budgets(chain, monkeypatch):
+    x = images()
+    first = mixed_precision(chain, x, weight_bits=4, activation_bits=8)
+    alone = mixed_precision(chain, x, weight_bits=3, activation_bits=6)
+    monkeypatch.setattr("quantizers.mixed_precision.measure_sensitivity", None)
+    again = mixed_precision(chain, x, weight_bits=3, activation_bits=6, sensitivity=first.reports["measurement"])
+    assert torch.equal(again(x), alone(x)) and again.widths() == alone.widths()
+    with pytest.raises(QuantizationError, match="of another model"):
+        mixed_precision(
+            chain, x, weight_bits=3, activation_bits=6, sensitivity=first.reports["measurement"], classifier_bits=None
+        )

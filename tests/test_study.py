@@ -56,7 +56,7 @@ TINY = {
                 "rounding": "adaround",
                 "reconstruction_iterations": 5,
             },
-            {"method": "mixed_precision", "bit_widths": ["W4A8"], "sensitivity_samples": 4},
+            {"method": "mixed_precision", "bit_widths": ["W4A8", 8], "sensitivity_samples": 4},
             {"method": "qat", "bit_widths": [4], "epochs": 2, "max_train": 64},
         ],
         "ptq_static": {"calibration_samples": 64},
@@ -65,7 +65,7 @@ TINY = {
     "deployment": {"latency_repeats": 1},
     "run": {"threads_per_cell": 1},
 }
-CELLS = {"baseline": 2, "quantization": 16, "mitigation": 4}
+CELLS = {"baseline": 2, "quantization": 18, "mitigation": 4}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_training_and_mixed_precision_leave_their_tables(finished):
     assert rows["training_seconds"].notna().sum() == 2
     table = pd.read_csv(results / "layer_sensitivity.csv")
     mixed = [cell for cell in rows.index if cells[cell].method == "mixed_precision"]
-    assert list(dict.fromkeys(table["cell"])) == mixed and len(mixed) == 2
+    assert list(dict.fromkeys(table["cell"])) == mixed and len(mixed) == 4
     for cell in mixed:
         record = json.loads((results / "cells" / f"{cell}.json").read_text())["extra"]
         block = table[table["cell"] == cell]
@@ -152,7 +152,8 @@ def test_training_and_mixed_precision_leave_their_tables(finished):
         chosen = block.drop_duplicates("layer").set_index("layer")["chosen_bits"].to_dict()
         assert chosen == {row["layer"]: row["bits"] for row in record["widths"] if row["bits"] != 32}
         assert record["budgets"]["size_bytes"] <= record["budgets"]["size_budget_bytes"]
-        uniform = rows[(rows.method == "ptq_static") & (rows.weight_bits == 4) & (rows.activation_bits == 8)]
+        uniform = rows[(rows.method == "ptq_static") & (rows.weight_bits == rows.loc[cell, "weight_bits"])]
+        uniform = uniform[uniform.activation_bits == 8]
         uniform = uniform[uniform.model == rows.loc[cell, "model"]]
         assert rows.loc[cell, "size_mb"] < 1.1 * float(uniform["size_mb"].iloc[0])
     assert (results / "analysis" / "layer_sensitivity.png").stat().st_size > 10_000
@@ -337,7 +338,7 @@ def test_fresh_computes_again(finished, tmp_path):
 def test_dry_run_prints_the_cells_and_writes_nothing(finished, tmp_path, capsys):
     assert study(finished[0], tmp_path / "none", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "quantization: 16 cells, 0 done, 16 to do" in out and out.count("to do   ") == sum(CELLS.values())
+    assert "quantization: 18 cells, 0 done, 18 to do" in out and out.count("to do   ") == sum(CELLS.values())
     assert not (tmp_path / "none").exists()
     assert study(finished[0], finished[1], "--dry-run", phase="baseline") == 0
     assert "baseline: 2 cells, 2 done, 0 to do" in capsys.readouterr().out
@@ -406,7 +407,7 @@ def test_a_cell_that_fails_is_named_and_the_sweep_goes_on(finished, tmp_path, ca
     assert math.isnan(rows["accuracy"]["test_resnet"]) and rows["accuracy"]["test_efficientnet"] > 0
     derived = pd.read_csv(results / "quantization_results.csv").groupby("model")["status"].unique()
     assert derived.map(list).to_dict() == {"test_efficientnet": ["done"], "test_resnet": ["failed"]}
-    assert "11 cells failed" in out  # 1 baseline, 8 quantized, 2 mitigated
+    assert "12 cells failed" in out  # 1 baseline, 9 quantized, 2 mitigated
     assert "failed: synthetic-test_resnet-s0-fp32" in out
     summary = (results / "analysis" / "summary.md").read_text()
     assert "synthetic-test_resnet-s0-fp32" in summary
