@@ -355,18 +355,6 @@ class Quantization(Section):
     qat: QAT = QAT()
     mixed_precision: MixedPrecision = MixedPrecision()
 
-    @pydantic.model_validator(mode="after")
-    def _keys_that_do_something(self):
-        for place, entry in enumerate(self.methods):
-            if not isinstance(entry, str):
-                settings = self.settings(entry)
-                idle = [key for key in RECONSTRUCTION_KEYS if key in entry.options()]
-                if idle and settings["rounding"] == "nearest":
-                    raise ValueError(
-                        f"methods[{place}]: {idle[0]} does nothing with rounding nearest; add rounding: adaround"
-                    )
-        return self
-
     def settings(self, entry: MethodEntry) -> dict[str, Any]:
         """The settings of an entry: its own keys over those of its method's section."""
         method = SHORTHANDS.get(entry.method, (entry.method,))[0]
@@ -471,13 +459,18 @@ class Config(Section):
     results_dir: str = "results"
 
     @pydantic.model_validator(mode="after")
-    def _architectures_of_methods(self):
+    def _entries(self):
         known = list(dict.fromkeys((*self.models.architectures, *MODELS)))
         for place, entry in enumerate(self.quantization.methods):
-            for name in [] if isinstance(entry, str) else entry.architectures or []:
+            if isinstance(entry, str):
+                continue
+            where = f"quantization.methods[{place}]"
+            for name in entry.architectures or []:
                 if name not in known:
-                    where = f"quantization.methods[{place}].architectures"
-                    raise ValueError(f"{where}: {name!r} is none of the models{suggest(name, known)}")
+                    raise ValueError(f"{where}.architectures: {name!r} is none of the models{suggest(name, known)}")
+            idle = [key for key in RECONSTRUCTION_KEYS if key in entry.options()]
+            if idle and self.quantization.settings(entry)["rounding"] == "nearest":
+                raise ValueError(f"{where}: {idle[0]} does nothing with rounding nearest; add rounding: adaround")
         return self
 
     @pydantic.model_validator(mode="after")
