@@ -11,6 +11,7 @@ from visualizations import (
     accuracy_heatmap,
     fairness_vs_bits,
     hypothesis_validation,
+    layer_sensitivity,
     mitigation_comparison,
     pareto_frontier,
     pareto_mask,
@@ -305,3 +306,31 @@ def test_per_group_survives_many_groups_long_names_and_nothing():
     for case in ([group("only", 0.9)], [group("A", np.nan)], many):
         drawn(per_group_performance(pd.DataFrame(case)))
     drawn(per_group_performance(pd.DataFrame(many).iloc[:0]))
+
+
+def test_layer_sensitivity_marks_the_chosen_width_of_every_layer():
+    layers, widths = ["a", "b", "c"], [2, 4, 8]
+    table = pd.DataFrame(
+        [
+            {"cell": cell, "layer": layer, "bits": bits, "sensitivity": 10.0**-bits, "chosen_bits": chosen}
+            for cell in ("one", "two", "of no finished cell")
+            for layer, chosen in zip(layers, (8, 2, 4), strict=True)
+            for bits in widths
+        ]
+    )
+    rows = pd.DataFrame(
+        {"cell": ["one", "two"], "dataset": ["faces"] * 2, "model": ["resnet50", "mine$"], "status": ["done"] * 2}
+    )
+    figure = layer_sensitivity(table, rows)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title(loc="left") for axes in panels] == ["ResNet-50, 3 layers", r"mine\$, 3 layers"]
+    for axes in panels:
+        (marks,) = axes.lines
+        assert list(marks.get_ydata()) == [2, 0, 1]
+        np.testing.assert_allclose(axes.images[0].get_array(), np.tile([[-2], [-4], [-8]], 3))
+    table["sensitivity"] = 0.0  # as of a model that loses nothing
+    figure = layer_sensitivity(table, rows)
+    figure.savefig(io.BytesIO(), format="png")
+    for empty in (rows[:0], rows.assign(status="failed")):
+        figure = layer_sensitivity(table, empty)
+        assert "Nothing to show" in figure.texts[0].get_text()
