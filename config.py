@@ -256,7 +256,7 @@ class QAT(Calibrated):
     first_last_bits: Bits | None = None
     epochs: PositiveInt = 2
     batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat = 1e-3  # AdamW's peak; of weights in units of their channel's largest
+    learning_rate: PositiveFloat = 3e-4  # AdamW's peak; of weights in units of their channel's largest
     weight_decay: NonNegativeFloat = 0.0
     warmup_epochs: NonNegativeFloat = 0.1
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

@@ -42,6 +42,7 @@ PER_TENSOR = {"weight_granularity": "per_tensor"}
 # optimizer steps a block and training images: as many as an afternoon on two cores allows
 ITERATIONS = {"mobilenet_v2": 200}  # others: 50
 QAT_IMAGES = {"mobilenet_v2": 6000}  # others: 2000
+QAT_LEARNING_RATES = {"vit_small_patch16_224": 1e-4}  # others: 1e-3
 
 # label -> (method, options, widths)
 METHODS = {
@@ -127,7 +128,7 @@ class Study:
         train = None
         if method == "qat":
             settings = self.config.training
-            options["batch_size"] = settings.batch_size
+            options |= {"batch_size": settings.batch_size, "learning_rate": QAT_LEARNING_RATES.get(name, 1e-3)}
             train = BatchLoader(
                 self._subset(QAT_IMAGES.get(name, 2000), "qat"),
                 settings.batch_size,
