@@ -266,12 +266,10 @@ def verdicts(found: dict, models: list[str]) -> list[str]:
         for width in ("W4A8", "W4A4", "W2A4"):
             if ("PTQ", width) in of and ("reconstruction", width) in of:
                 plain, learned = of["PTQ", width], of["reconstruction", width]
-                share = (
-                    f"{100 * (1 - learned.lost / plain.lost):.0f} % of it" if plain.lost > 0 else "nothing to recover"
-                )
+                share = f", {100 * (1 - learned.lost / plain.lost):.0f} % of it recovered" if plain.low > 0 else ""
                 lines.append(
-                    f"{name}: {width} PTQ loses {plain.text()} points, reconstruction recovers {share} and changes "
-                    f"{learned.changed:.1f} % of the predictions, PTQ {plain.changed:.1f} %"
+                    f"{name}: {width} PTQ loses {plain.text()} points, reconstruction {learned.text()}{share}; they "
+                    f"change {plain.changed:.1f} % and {learned.changed:.1f} % of the predictions"
                 )
         for width in ("W8A8", "W4A8"):
             if ("PTQ, per tensor", width) in of and ("PTQ, per tensor, both", width) in of:
