@@ -58,11 +58,10 @@ def test_a_walk_gives_every_value_and_forgets_what_nobody_reads(name):
     model, x = quantized(name), images(5)
     walk = Walk(model.network, x, batch_size=2)
     most = 0
-    with torch.no_grad():
+    with torch.no_grad(), model.as_float():  # quantized, a batch of another size may round a value the other way
         for node in model.network.graph.nodes:
             walk.run(node)
             if node.op == "output":
-                # a batch of another size is another order of additions
                 torch.testing.assert_close(walk.value(node), model.network(x), rtol=1e-3, atol=1e-3)
             walk.free(node)
             most = max(most, len(walk.batches[0]))
