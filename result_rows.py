@@ -8,9 +8,12 @@ they agree.
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pandas as pd
+
+from config import RECONSTRUCTION_KEYS
 
 MODEL_LABELS = {
     "resnet50": "ResNet-50",
@@ -27,6 +30,13 @@ METHOD_LABELS = {
     "mixed_precision": "mixed precision",
 }
 STRATEGY_LABELS = {"bias_aware_calibration": "balanced calibration"}
+OPTION_LABELS = {
+    ("rounding", "adaround"): "AdaRound",
+    ("equalize", True): "equalized",
+    ("bias_correction", True): "bias corrected",
+    ("weight_granularity", "per_tensor"): "per tensor",
+    ("activation_scheme", "symmetric"): "symmetric",
+}
 FP32 = "FP32"
 
 
@@ -75,18 +85,20 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     for kind, option in zip(kinds, options, strict=True):
         for key, value in option.items():
             seen.setdefault((kind, key), set()).add(json.dumps(value, sort_keys=True, default=str))
-    lacking = {(kind, key) for kind, option in zip(kinds, options, strict=True) for k, key in seen if k == kind} - {
-        (kind, key) for kind, option in zip(kinds, options, strict=True) for key in option
-    }
+    having = Counter((kind, key) for kind, option in zip(kinds, options, strict=True) for key in option)
+    lacking = {(kind, key) for (kind, key), count in having.items() if count < kinds.count(kind)}
     widths, settings, orders = [], [], []
     for i, (kind, option) in enumerate(zip(kinds, options, strict=True)):
         method, strategy, _ = kind
         weight_bits, activation_bits = columns["weight_bits"][i], columns["activation_bits"][i]
         told = [str(option["observer"])] if option.get("observer") is not None else []
         told += [
-            f"{key}={value}"
+            OPTION_LABELS.get((key, value), f"{key}={value}") if not isinstance(value, list) else f"{key}={value}"
             for key, value in sorted(option.items())
-            if key != "observer" and value is not None and (len(seen[kind, key]) > 1 or (kind, key) in lacking)
+            if key != "observer"
+            and value is not None
+            # how rounding was learned is told only where it differs among the rows that learned it
+            and (len(seen[kind, key]) > 1 or ((kind, key) in lacking and key not in RECONSTRUCTION_KEYS))
         ]
         width = width_label(weight_bits, activation_bits)
         label = " ".join(part for part in (width, METHOD_LABELS.get(method, str(method).replace("_", " "))) if part)

@@ -334,3 +334,13 @@ def test_layer_sensitivity_marks_the_chosen_width_of_every_layer():
     for empty in (rows[:0], rows.assign(status="failed")):
         figure = layer_sensitivity(table, empty)
         assert "Nothing to show" in figure.texts[0].get_text()
+
+
+def test_an_option_that_only_some_rows_have_is_named():
+    """Learned rounding is another setting than rounding to nearest, whose rows do not mention rounding at all."""
+    plain = '{"observer":"mse"}'
+    learned = '{"observer":"mse","rounding":"adaround","reconstruction_unit":"block","equalize":true}'
+    rows = pd.DataFrame(
+        {"method": "ptq_static", "strategy": None, "weight_bits": 4, "activation_bits": 4, "options": [plain, learned]}
+    )
+    assert list(with_labels(rows)["setting"]) == ["W4A4 static (mse)", "W4A4 static (mse, equalized, AdaRound)"]
