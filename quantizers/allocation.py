@@ -56,7 +56,14 @@ def allocate(
     that no choice keeps; the message names the smallest model.
     """
     problem = _Problem.of(
-        costs_LW, bytes_LW, operations_LW, size_budget, operations_budget, fixed_bytes, fixed_operations, names
+        costs_LW,
+        bytes_LW,
+        operations_LW,
+        size_budget=size_budget,
+        operations_budget=operations_budget,
+        fixed_bytes=fixed_bytes,
+        fixed_operations=fixed_operations,
+        names=names,
     )
     problem.check_budgets()
     known = [choices for choices in (greedy_choices(problem), *problem.uniform_choices()) if choices is not None]
@@ -73,39 +80,18 @@ def allocate(
     return problem.allocation(best, is_optimal)
 
 
-def greedy_allocation(
-    costs_LW: np.ndarray,
-    bytes_LW: np.ndarray,
-    operations_LW: np.ndarray | None = None,
-    *,
-    size_budget: int | None = None,
-    operations_budget: int | None = None,
-    fixed_bytes: int = 0,
-    fixed_operations: int = 0,
-) -> Allocation | None:
+def greedy_allocation(costs_LW: np.ndarray, bytes_LW: np.ndarray, *tables: np.ndarray, **limits) -> Allocation | None:
     """From the smallest model, again and again the change that saves most cost for what it takes of the budgets: what
-    `allocate` is compared with. None where the smallest model of each layer does not keep both budgets."""
-    problem = _Problem.of(
-        costs_LW, bytes_LW, operations_LW, size_budget, operations_budget, fixed_bytes, fixed_operations, None
-    )
+    `allocate`, whose arguments it has, is compared with. None where the smallest layers do not keep both budgets."""
+    problem = _Problem.of(costs_LW, bytes_LW, *tables, **limits)
     choices = greedy_choices(problem)
     return None if choices is None else problem.allocation(choices, False)
 
 
-def uniform_allocation(
-    costs_LW: np.ndarray,
-    bytes_LW: np.ndarray,
-    operations_LW: np.ndarray | None = None,
-    *,
-    size_budget: int | None = None,
-    operations_budget: int | None = None,
-    fixed_bytes: int = 0,
-    fixed_operations: int = 0,
-) -> Allocation | None:
-    """The width of least cost that all layers can have within the budgets; None where no width can."""
-    problem = _Problem.of(
-        costs_LW, bytes_LW, operations_LW, size_budget, operations_budget, fixed_bytes, fixed_operations, None
-    )
+def uniform_allocation(costs_LW: np.ndarray, bytes_LW: np.ndarray, *tables: np.ndarray, **limits) -> Allocation | None:
+    """The width of least cost that all layers can have within the budgets; None where no width can. Arguments as in
+    `allocate`."""
+    problem = _Problem.of(costs_LW, bytes_LW, *tables, **limits)
     candidates = problem.uniform_choices()
     return problem.allocation(min(candidates, key=problem.cost), False) if candidates else None
 
@@ -122,7 +108,16 @@ class _Problem:
 
     @classmethod
     def of(
-        cls, costs_LW, bytes_LW, operations_LW, size_budget, operations_budget, fixed_bytes, fixed_operations, names
+        cls,
+        costs_LW,
+        bytes_LW,
+        operations_LW=None,
+        *,
+        size_budget=None,
+        operations_budget=None,
+        fixed_bytes=0,
+        fixed_operations=0,
+        names=None,
     ) -> _Problem:
         costs_LW = np.asarray(costs_LW, dtype=np.float64)
         if costs_LW.ndim != 2 or not costs_LW.size:
