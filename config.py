@@ -23,6 +23,8 @@ MODELS = ("resnet50", "mobilenet_v2", "squeezenet1_1", "efficientnet_b0", "vit_s
 Observer = Literal["minmax", "moving_average", "percentile", "mse", "entropy"]  # of activations
 WeightObserver = Literal["minmax", "percentile", "mse", "entropy"]
 Granularity = Literal["per_channel", "per_tensor"]
+BackendName = Literal["x86", "arm", "tensorrt"]
+Engine = Literal["onnxruntime", "openvino", "inductor"]
 Bits = Annotated[int, Field(ge=2, le=8)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 WIDTH = re.compile(r"W([2-8])A([2-8])")
@@ -215,7 +217,7 @@ class Calibrated(Section):
     calibration_samples: PositiveInt = 256
     calibration_split: Literal["train", "validation"] = "train"
     weight_granularity: Granularity = "per_channel"  # a weight scale for each output channel, or one a layer
-    activation_scheme: Literal["affine", "symmetric"] = "affine"  # unsigned with a zero point, or signed around zero
+    activation_scheme: Literal["affine", "symmetric"] | None = None  # with a zero point or around zero; None: backend's
     equalize: bool = False  # cross-layer equalization before anything else (Nagel et al. 2019)
 
     @pydantic.field_validator("observer", mode="before")
@@ -350,6 +352,8 @@ class Quantization(Section):
         default_factory=lambda: _default_methods()
     )
     bit_widths: list[int | str] = Field(default=[8, 4, 2, "W4A8"], min_length=1)  # 4: W4A4
+    backend: list[BackendName] = Field(default=["x86"], min_length=1)  # the hardware's integer scheme; a list is swept
+    reduce_range: bool = False  # 8-bit weights keep to 7 bits: for x86 CPUs without VNNI
     ptq_static: PTQStatic = PTQStatic()
     ptq_dynamic: PTQDynamic = PTQDynamic()
     qat: QAT = QAT()
@@ -360,10 +364,28 @@ class Quantization(Section):
         method = SHORTHANDS.get(entry.method, (entry.method,))[0]
         return {**getattr(self, method).model_dump(), **entry.options()}
 
-    @pydantic.field_validator("methods", mode="before")
+    @pydantic.field_validator("methods", "backend", mode="before")
     @classmethod
     def _one_or_many_methods(cls, value):
         return value if isinstance(value, list) else [value]
+
+    @pydantic.field_validator("backend")
+    @classmethod
+    def _no_twins(cls, value):
+        return _distinct(value)
+
+    @pydantic.model_validator(mode="after")
+    def _schemes(self):
+        if self.reduce_range and "x86" not in self.backend:
+            raise ValueError(f"reduce_range: for x86 CPUs; it does nothing with backend {', '.join(self.backend)}")
+        if "tensorrt" in self.backend:
+            entries = [entry for entry in self.methods if isinstance(entry, MethodEntry)]
+            for section in (self.ptq_static, self.qat, self.mixed_precision, *entries):
+                if section.activation_scheme == "affine":
+                    raise ValueError(
+                        "activation_scheme: affine needs zero points, which backend tensorrt has not; leave it out"
+                    )
+        return self
 
     @pydantic.field_validator("bit_widths", mode="before")
     @classmethod
@@ -424,9 +446,35 @@ class Analysis(Section):
 
 
 class Deployment(Section):
-    keep_models: bool = False  # keep each packed quantized model in models/, not only its size
-    latency: bool = True  # measure latency_ms_b1 and latency_ms_b32
-    latency_repeats: PositiveInt = 5  # timed forward passes (after warm-up) whose median is the latency
+    """Which cells become ONNX files, which of them are run and measured, and by what. A pattern is MODEL:METHOD:BITS
+    with shell wildcards; METHOD is the cell's or its strategy, BITS such as W8A8, or FP32; parts left out are any."""
+
+    cells: list[str] = ["*:ptq_static:W8A8"]  # run by each engine: its predictions, size and latency
+    export: list[str] = ["*:ptq_static:W8A8"]  # kept in models/<cell>.onnx
+    engines: list[Engine] = Field(default=["onnxruntime"], min_length=1)  # the first one is the row's
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"  # of ONNX Runtime
+    float_precision: Literal["f32", "bf16"] = "f32"  # of what OpenVINO computes between the integers
+    latency: bool = True  # measure latencies
+    latency_repeats: PositiveInt = 5  # timed passes of batch 32 (after warm-up); of batch 1 four times as many
+
+    @pydantic.field_validator("cells", "export", "engines", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return value if value is None or isinstance(value, list) else [value]
+
+    @pydantic.field_validator("engines")
+    @classmethod
+    def _no_twins(cls, value):
+        return _distinct(value)
+
+    @pydantic.field_validator("cells", "export")
+    @classmethod
+    def _patterns(cls, value):
+        for pattern in value:
+            parts = pattern.split(":")
+            if len(parts) > 3 or not all(parts):
+                raise ValueError(f"pattern {pattern!r}: expected MODEL:METHOD:BITS, such as *:ptq_static:W8A8")
+        return value
 
 
 class Run(Section):

@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+
+WARMUP = 2  # passes before the clock runs
 
 
 class EvaluationError(RuntimeError):
@@ -120,20 +122,42 @@ def eval_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def latency_ms(model: nn.Module, example: torch.Tensor, repeats: int, warmup: int = 2) -> float:
-    """Median milliseconds of a forward pass of `example` (N, 3, H, W) where the model is, after `warmup` passes."""
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a pass over a batch of `batch` images: the median and the 95th percentile of several."""
+
+    batch: int
+    median_ms: float
+    p95_ms: float
+
+    @property
+    def throughput(self) -> float:
+        """Images a second, at the median."""
+        return 1000 * self.batch / self.median_ms
+
+
+def latency(model: nn.Module, example: torch.Tensor, repeats: int) -> Latency:
+    """Of a forward pass of `example` (N, 3, H, W) where the model is."""
     device = device_of(model)
     example = example.to(device)
-    times = []
+    synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
     with torch.inference_mode(), eval_mode(model):
-        for repeat in range(warmup + repeats):
-            start = time.perf_counter()
-            model(example)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat >= warmup:
-                times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+        return timed(lambda: model(example), len(example), repeats, synchronise)
+
+
+def timed(
+    run: Callable[[], object], batch: int, repeats: int, synchronise: Callable[[], None] | None = None
+) -> Latency:
+    """The latency of `run`, which passes once over `batch` images, after WARMUP passes; `synchronise` waits for it."""
+    times = []
+    for repeat in range(WARMUP + repeats):
+        start = time.perf_counter()
+        run()
+        if synchronise is not None:
+            synchronise()
+        if repeat >= WARMUP:
+            times.append(1000 * (time.perf_counter() - start))
+    return Latency(batch, statistics.median(times), float(np.percentile(times, 95)))
 
 
 def storage_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -157,6 +181,9 @@ def write_model(model: nn.Module, path: Path) -> float:
 
 
 def model_size_mb(model: nn.Module) -> float:
-    """The size in MB (10^6 bytes) of the model's file, measured on a file that is really written."""
+    """The size in MB (10^6 bytes) of the model's file, measured on a file that is really written; of an engine that
+    of the file it was loaded from."""
+    if not isinstance(model, nn.Module):
+        return model.size_mb
     with tempfile.TemporaryDirectory(prefix="model-size-") as folder:
         return write_model(model, Path(folder) / "model.safetensors")

@@ -176,13 +176,14 @@ class Method:
     extra_options: tuple[tuple[str, Any], ...] = ()
 
 
+SCHEME = (("backend", "x86"), ("reduce_range", False))  # the hardware's integers: quantizers.numerics.BACKENDS
 METHODS: dict[str, Method] = {
-    "ptq_static": Method(_ptq_static, (PTQStatic,), True, (("seed", 0),)),
-    "ptq_dynamic": Method(_ptq_dynamic, (PTQDynamic,), False),
-    "qat": Method(_qat, (QAT,), False),
-    "mixed_precision": Method(_mixed_precision, (MixedPrecision,), True, (("seed", 0), ("sensitivity", None))),
+    "ptq_static": Method(_ptq_static, (PTQStatic,), True, (*SCHEME, ("seed", 0))),
+    "ptq_dynamic": Method(_ptq_dynamic, (PTQDynamic,), False, SCHEME),
+    "qat": Method(_qat, (QAT,), False, SCHEME),
+    "mixed_precision": Method(_mixed_precision, (MixedPrecision,), True, (*SCHEME, ("seed", 0), ("sensitivity", None))),
     "bias_aware_calibration": Method(
-        _bias_aware, (PTQStatic, BiasAwareCalibration), True, (("seed", 0), ("attributes", None))
+        _bias_aware, (PTQStatic, BiasAwareCalibration), True, (*SCHEME, ("seed", 0), ("attributes", None))
     ),
 }
 
@@ -208,7 +209,8 @@ def apply_quantization(
     "sensitive": {name: (N,)}}` or of (image, label, sensitive) tuples; images must be normalised as in training.
     `train_data`, batches of the same kind with a length (a DataLoader, a list), is what qat trains on;
     `validation_data` chooses its best epoch, without which the last one counts. `progress(what, share done)` is called
-    now and then. `options` are keys of the method's config section, such as observer="percentile", rounding="adaround".
+    now and then. `options` are keys of the method's config section, such as observer="percentile", rounding="adaround",
+    and the hardware's integer scheme: `backend` "x86", "arm" or "tensorrt", and for x86 CPUs without VNNI `reduce_range`.
 
     What was measured meanwhile is in `reports` of the result: `reconstruction`, `sensitivity`, `widths`, `budgets`,
     `training`. Raises QuantizationError, one line, for an unknown method or option, a width outside 2 to 8, missing or

@@ -36,6 +36,9 @@ OPTION_LABELS = {
     ("bias_correction", True): "bias corrected",
     ("weight_granularity", "per_tensor"): "per tensor",
     ("activation_scheme", "symmetric"): "symmetric",
+    ("backend", "arm"): "ARM",
+    ("backend", "tensorrt"): "TensorRT",
+    ("reduce_range", True): "reduced range",
 }
 FP32 = "FP32"
 

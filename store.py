@@ -29,7 +29,7 @@ import pandas as pd
 
 from group_counts import METRICS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PROCESS.tmp, see atomic_path
 FOLDERS = ("cells", "predictions", "checkpoints", "models")
 PHASES = ("baseline", "quantization", "mitigation", "analysis")

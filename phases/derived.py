@@ -113,7 +113,7 @@ def _measured_by(cell: Cell) -> tuple:
 
 SENSITIVITY_KEYS = (
     "calibration_samples", "calibration_split", "weight_observer", "percentile", "weight_granularity", "equalize",
-    "widths", "sensitivity_metric", "sensitivity_samples", "classifier_bits",
+    "widths", "sensitivity_metric", "sensitivity_samples", "classifier_bits", "backend", "reduce_range",
 )  # fmt: skip
 TRAINING_KEYS = tuple(key for key in QAT.model_fields if key in Training.model_fields)
 SENSITIVITY_COLUMNS = ("layer", "bits", "sensitivity", "sensitivity_low", "sensitivity_high", "bytes", "chosen_bits")

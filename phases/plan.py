@@ -15,7 +15,7 @@ from typing import Any
 from config import RECONSTRUCTION_KEYS, SHORTHANDS, Config, MethodEntry, parse_width
 from store import SCHEMA_VERSION, short_hash
 
-QUANTIZATION_VERSION = 2  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
+QUANTIZATION_VERSION = 3  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
 MEANINGFUL_NONE = ("classifier_bits", "gradient_clip")  # None says something else than the default
 
 
@@ -109,12 +109,27 @@ def _quantization(config: Config, baseline: Cell) -> list[Cell]:
         observers = settings.pop("observer", [None])
         cells += [
             _derived(
-                baseline, "quantization", method, None, *width, _options(method, {**settings, "observer": observer})
+                baseline,
+                "quantization",
+                method,
+                None,
+                *width,
+                _options(method, {**settings, **scheme, "observer": observer}),
             )
+            for scheme in _schemes(config)
             for observer in observers
             for width in widths
         ]
     return cells
+
+
+def _schemes(config: Config) -> list[dict[str, Any]]:
+    """The settings of each backend that is swept."""
+    reduce_range = config.quantization.reduce_range
+    return [
+        {"backend": backend, "reduce_range": reduce_range and backend == "x86"}
+        for backend in config.quantization.backend
+    ]
 
 
 def _mitigation(config: Config, baseline: Cell) -> list[Cell]:
@@ -126,9 +141,18 @@ def _mitigation(config: Config, baseline: Cell) -> list[Cell]:
         settings = common.model_dump() | {"observer": section.observer, "balance": balance}
         if section.calibration_samples is not None:
             settings["calibration_samples"] = section.calibration_samples
-        for width in section.bit_widths or config.quantization.bit_widths:
-            options = _options(section.method, settings)
-            cells.append(_derived(baseline, "mitigation", section.method, strategy, *parse_width(width), options))
+        cells += [
+            _derived(
+                baseline,
+                "mitigation",
+                section.method,
+                strategy,
+                *parse_width(width),
+                _options(section.method, settings | scheme),
+            )
+            for scheme in _schemes(config)
+            for width in section.bit_widths or config.quantization.bit_widths
+        ]
     return cells
 
 
@@ -139,6 +163,8 @@ OFF = {
     "equalize": False,
     "bias_correction": False,
     "rounding": "nearest",
+    "backend": "x86",
+    "reduce_range": False,
 }
 
 
@@ -149,6 +175,8 @@ def _options(method: str, settings: dict[str, Any]) -> dict[str, Any]:
         del options["percentile"]
     if options.get("rounding") == "nearest":
         options = {key: value for key, value in options.items() if key not in RECONSTRUCTION_KEYS}
+    if options["backend"] == "tensorrt":  # which is symmetric anyway
+        options.pop("activation_scheme", None)
     return {key: value for key, value in options.items() if key not in OFF or value != OFF[key]}
 
 
@@ -166,10 +194,10 @@ def _derived(
     label = [strategy or method, f"w{weight_bits}a{activation_bits}"]
     label += [
         str(options[key])
-        for key in ("observer", "rounding", "weight_granularity", "activation_scheme")
+        for key in ("observer", "rounding", "weight_granularity", "activation_scheme", "backend")
         if key in options
     ]
-    label += [key for key in ("equalize", "bias_correction") if options.get(key)]
+    label += [key for key in ("equalize", "bias_correction", "reduce_range") if options.get(key)]
     cell = f"{baseline.dataset}-{baseline.model}-s{baseline.seed}-{'-'.join(label)}-{short_hash(identity)}"
     return Cell(
         cell,

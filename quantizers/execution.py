@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from quantizers.graph import ADDITIONS, is_rectifier
 from quantizers.modules import QuantizedModel
 
 Values = dict[fx.Node, Any]  # what nodes gave
@@ -86,8 +87,8 @@ class Segment:
 
 
 def segments(model: QuantizedModel) -> list[Segment]:
-    """The network cut wherever one activation alone is alive and a quantizer reads it: residual blocks stay whole, as
-    in BRECQ (Li et al., ICLR 2021), what lies between them is cut layer by layer. The whole of it, in program order."""
+    """The network cut wherever one activation alone is alive and a quantizer reads it, or it is the sum that ends a
+    residual block: blocks stay whole, as in BRECQ (Li et al., ICLR 2021), what lies between is cut layer by layer. The whole of it, in program order."""
     network = model.network
     nodes = list(network.graph.nodes)
     modules = dict(network.named_modules())
@@ -110,7 +111,9 @@ def segments(model: QuantizedModel) -> list[Segment]:
         alive.difference_update(freed[node])
         (cut,) = alive if len(alive) == 1 else (None,)
         readers = cut.users if cut is not None else ()
-        if any(r.op == "call_module" and id(modules.get(r.target)) in names for r in readers):
+        is_end = cut is not None and cut.target in ADDITIONS and len(cut.all_input_nodes) == 2
+        is_end = is_end and cut.users and not any(is_rectifier(reader, modules) for reader in readers)
+        if is_end or any(r.op == "call_module" and id(modules.get(r.target)) in names for r in readers):
             pieces.append([])
             sources.append(cut)
     results = [*sources[1:], nodes[-1]]

@@ -3,12 +3,18 @@
 Found from the traced graph (torch.fx), never from lists of layer names:
 
 - convolutions and linear layers: integer weights, and a quantizer on their input;
-- products of two activations (attention): a quantizer on either factor;
-- sums of two activations (residual additions): a quantizer on either term.
+- products of two activations (attention), for hardware that has integer ones: a quantizer on either factor. Elsewhere
+  attention stays in float, where engines compute it in one piece, faster than two integer products with a softmax
+  between;
+- sums of two activations (residual additions) that one of these reads: a quantizer on either term. A sum that only
+  norms and other float operations read (the residual stream of a pre-norm transformer) stays in float: an engine would
+  compute it there;
+- averages over an image (global pooling) of what a layer or such a sum gives, past a ReLU at most: a quantizer on their
+  input, without which the layer before would have no integer output.
 
-BatchNorm is folded into the layer before it first, and fused attention is written out as its two products, so that what
-is simulated is what an integer engine runs. A tensor that feeds several of these has one quantizer. What stays in float
-(norms, softmax, GELU and SiLU, pooling, gates, embeddings added to activations) is listed in the `Placement`.
+BatchNorm is folded into the layer before it first, and fused attention is written out where its products are quantized,
+so that what is simulated is what an integer engine runs. A tensor that feeds several of these has one quantizer. What
+stays in float (norms, softmax, GELU and SiLU, gates, embeddings added to activations) is listed in the `Placement`.
 
 A submodule whose code torch.fx cannot trace (control flow on values) is kept as one opaque node; the convolutions and
 linear layers inside still get integer weights and quantized inputs.
@@ -32,15 +38,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from quantizers.modules import QuantizedInputLayer, QuantizedLayer
-from quantizers.numerics import QuantizationError
+from quantizers.numerics import INT8_RANGE, QuantizationError
 
 ACTIVATION, CONSTANT, SHAPE = "activation", "constant", "shape"
 MATMULS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"}
 ADDITIONS = {torch.add, operator.add, operator.iadd, "add", "add_", "__add__"}
+AVERAGES = {F.adaptive_avg_pool2d, F.avg_pool2d}
+MEANS = {torch.mean, "mean"}  # averages where they are over height and width
+SPATIAL = ({2, 3}, {-2, -1})
+AVERAGE_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod"}
 SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad", "itemsize", "nbytes"}
 SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "element_size"}
 TRANSPARENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+RECTIFIER_MODULES = (nn.ReLU, nn.ReLU6)
+RECTIFIERS = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, "relu", "relu_"}
+# what hands values on: each value of the result is one of the operands'
+MOVING_MODULES = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.ChannelShuffle)
+MOVING = {
+    torch.cat, torch.concat, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze,
+    torch.unsqueeze, F.max_pool2d, operator.getitem, torch.chunk, torch.split, "view", "reshape", "flatten", "permute",
+    "transpose", "contiguous", "chunk", "split", "squeeze", "unsqueeze", "expand",
+}  # fmt: skip
 SILENT = {"placeholder", "output", "get_attr"}
 
 # whether it belongs to the first or last layer of the model is the last argument of both
@@ -81,13 +100,16 @@ def prepare(
     first_last_bits: int | None = None,
     *,
     weight_granularity: str = "per_channel",
+    int8_range: tuple[int, int] = INT8_RANGE,
+    has_integer_products: bool = False,
     equalize: Callable[[fx.GraphModule], Any] | None = None,
 ) -> tuple[nn.Module, Placement]:
     """A copy of `model`, in eval mode, with quantizers in place, not yet calibrated; the model is not changed.
 
     `new_quantizer(name, is_edge)` makes the quantizer of one activation; `is_edge` is true at the input of the first
-    and of the last layer, whose weights get `first_last_bits` where that is given. `equalize` is shown the traced
-    network, its norms folded, before quantizers are inserted.
+    and of the last layer, whose weights get `first_last_bits` where that is given. `int8_range` is that of
+    8-bit weights; `has_integer_products` quantizes both factors of products of two activations. `equalize` is shown the
+    traced network, its norms folded, before quantizers are inserted.
     """
     try:
         private = copy.deepcopy(model).eval()
@@ -97,16 +119,16 @@ def prepare(
             "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
         ) from None
     _untie(private)
-    network, placement = trace(private)
+    network, placement = trace(private, has_integer_products)
     fold_batch_norms(network, placement)
     if equalize is not None:
         equalize(network)
 
     def new_layer(name: str, layer: nn.Module, is_edge: bool) -> QuantizedLayer:
         bits = first_last_bits if is_edge and first_last_bits is not None else weight_bits
-        return QuantizedLayer(name, layer, bits, weight_granularity)
+        return QuantizedLayer(name, layer, bits, weight_granularity, int8_range)
 
-    _insert_quantizers(network, placement, new_layer, new_quantizer)
+    _insert_quantizers(network, placement, new_layer, new_quantizer, has_integer_products)
     if not placement.layers:
         raise QuantizationError("the model has no convolution or linear layer that can be quantized")
     return network, placement
@@ -127,8 +149,8 @@ def _untie(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------------- tracing
 
 
-def trace(model: nn.Module) -> tuple[fx.GraphModule, Placement]:
-    """The graph of `model`, with untraceable submodules left whole, dead code removed and attention written out."""
+def trace(model: nn.Module, writes_out_attention: bool = False) -> tuple[fx.GraphModule, Placement]:
+    """The graph of `model`, with untraceable submodules left whole and dead code removed."""
     placement = Placement()
     root: nn.Module = model
     while True:
@@ -146,7 +168,8 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, Placement]:
             else:
                 placement.opaque[tracer.failed] = reason
     network = fx.GraphModule(root, graph)
-    _write_out_attention(network)
+    if writes_out_attention:
+        _write_out_attention(network)
     _follow_in_place(network)
     network.graph.eliminate_dead_code()
     network.recompile()
@@ -340,10 +363,18 @@ def _insert_quantizers(
     placement: Placement,
     new_layer: NewLayer,
     new_quantizer: NewQuantizer,
+    has_integer_products: bool,
 ) -> None:
     modules = dict(network.named_modules())
     kinds = _kinds(network.graph, modules)
     edges = _first_and_last_layers(network.graph, modules, kinds)
+    products = {
+        node
+        for node in network.graph.nodes
+        if has_integer_products and node.target in MATMULS and _has_two_activations(node, kinds)
+    }
+    integer_sums = _integer_additions(network.graph, modules, kinds, products)
+    averages = _averages_of_integers(network.graph, modules, kinds, integer_sums)
     quantizers: dict[fx.Node, fx.Node] = {}
 
     def quantized(source: fx.Node, consumer: fx.Node, is_edge: bool) -> fx.Node:
@@ -368,8 +399,8 @@ def _insert_quantizers(
                 placement.layers.append(node.target)
         elif node.target in MATMULS or node.target in ADDITIONS:
             operands = node.args[:2]
-            if len(operands) == 2 and all(isinstance(o, fx.Node) and kinds[o] == ACTIVATION for o in operands):
-                (placement.matmuls if node.target in MATMULS else placement.additions).append(node.name)
+            if node in integer_sums or node in products:
+                (placement.matmuls if node in products else placement.additions).append(node.name)
                 node.args = (*(quantized(operand, node, False) for operand in operands), *node.args[2:])
                 continue
             if kinds[node] == ACTIVATION:
@@ -379,6 +410,8 @@ def _insert_quantizers(
         elif node.op not in SILENT and kinds[node] == ACTIVATION:
             if any(True for _ in _weights_of(modules.get(node.target))) and node.op == "call_module":
                 placement.float_layers.append(node.target)
+            if node in averages:
+                node.args = (quantized(node.args[0], node, False), *node.args[1:])
             if not isinstance(modules.get(node.target), TRANSPARENT_MODULES):
                 placement.float_operations[_operation(node, modules)] += 1
     for node in network.graph.nodes:  # such as x.to(self.conv.weight.dtype)
@@ -391,6 +424,80 @@ def _insert_quantizers(
             network.graph.erase_node(node)
     network.graph.lint()
     network.recompile()
+
+
+def _has_two_activations(node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
+    operands = node.args[:2] if node.op in ("call_function", "call_method") else ()
+    return len(operands) == 2 and all(isinstance(o, fx.Node) and kinds[o] == ACTIVATION for o in operands)
+
+
+def _integer_additions(
+    graph: fx.Graph, modules: dict[str, nn.Module], kinds: dict[fx.Node, str], products: set[fx.Node]
+) -> set[fx.Node]:
+    """The sums of two activations whose result a layer, a product, an average or another such sum reads, past what
+    rectifies or moves values."""
+    found: set[fx.Node] = set()
+    reaches: dict[fx.Node, bool] = {}  # does an integer operation read this node's value?
+    for node in reversed(list(graph.nodes)):
+        reaches[node] = any(
+            _is_call_of_layer(user, modules)
+            or user in products
+            or is_average(user, modules)
+            or user in found
+            or (hands_values_on(user, modules) and reaches[user])
+            for user in node.users
+        )
+        if node.target in ADDITIONS and _has_two_activations(node, kinds) and reaches[node]:
+            found.add(node)
+    return found
+
+
+def _averages_of_integers(
+    graph: fx.Graph, modules: dict[str, nn.Module], kinds: dict[fx.Node, str], integer_sums: set[fx.Node]
+) -> set[fx.Node]:
+    """The averages that alone read what a layer or an integer addition gives, past rectifiers."""
+    found = set()
+    for node in graph.nodes:
+        if not is_average(node, modules) or not node.args or kinds[node] != ACTIVATION:
+            continue
+        source = node.args[0]
+        while len(source.users) == 1 and (is_rectifier(source, modules) or _origin(source, modules) is not source):
+            source = source.args[0]
+        if len(source.users) == 1 and (_is_call_of_layer(source, modules) or source in integer_sums):
+            found.add(node)
+    return found
+
+
+def _is_call_of_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return node.op == "call_module" and is_layer(modules.get(node.target))
+
+
+def is_average(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """An average over height and width."""
+    if node.op == "call_module":
+        return isinstance(modules.get(node.target), AVERAGE_MODULES)
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in MEANS:
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return isinstance(dims, (tuple, list)) and set(dims) in SPATIAL
+    return node.target in AVERAGES
+
+
+def is_rectifier(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """ReLU or ReLU6, which integer engines compute with the quantizer behind it."""
+    if node.op == "call_module":
+        return isinstance(modules.get(node.target), RECTIFIER_MODULES)
+    return node.op in ("call_function", "call_method") and node.target in RECTIFIERS
+
+
+def hands_values_on(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a quantizer behind the node may stand before it: it rectifies, or each value of it is an operand's."""
+    if is_rectifier(node, modules):
+        return True
+    if node.op == "call_module":
+        return isinstance(modules.get(node.target), (*TRANSPARENT_MODULES, *MOVING_MODULES))
+    return node.op in ("call_function", "call_method") and node.target in MOVING
 
 
 def _weights_of(module: nn.Module | None):
@@ -446,9 +553,6 @@ def _kinds(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, str]
 def _first_and_last_layers(graph: fx.Graph, modules: dict[str, nn.Module], kinds: dict[fx.Node, str]) -> set[fx.Node]:
     """The layers that read the image and those whose output reaches the logits without another layer between."""
 
-    def is_call_of_layer(node: fx.Node) -> bool:
-        return node.op == "call_module" and is_layer(modules.get(node.target))
-
     found: set[fx.Node] = set()
     for start, step in (
         ([node for node in graph.nodes if node.op == "placeholder"], lambda node: list(node.users)),
@@ -460,7 +564,7 @@ def _first_and_last_layers(graph: fx.Graph, modules: dict[str, nn.Module], kinds
                 if node in seen or kinds[node] != ACTIVATION:
                     continue
                 seen.add(node)
-                if is_call_of_layer(node):
+                if _is_call_of_layer(node, modules):
                     found.add(node)
                 else:
                     stack.append(node)

@@ -128,7 +128,7 @@ class FastQuantizer(nn.Module):
     def _integer_bounds(self, quantizer: ActivationQuantizer) -> tuple[float, float]:
         """The smallest and the largest multiple of the scale; looked up again only when the range has changed."""
         scale, zero_point = quantizer.scale, quantizer.zero_point
-        key = (id(scale), scale._version, id(zero_point), zero_point._version, quantizer.bits, quantizer.is_symmetric)
+        key = (id(scale), scale._version, id(zero_point), zero_point._version, *quantizer.bounds())
         if key != self._key:
             quantizer.check_calibrated()
             low, high = (bound - float(zero_point) for bound in quantizer.bounds())

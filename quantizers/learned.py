@@ -49,7 +49,8 @@ class LearnedActivation(nn.Module):
         self.theta = nn.Parameter(torch.zeros_like(self.scale))
         zero_point = float(quantizer.zero_point)
         self.bounds = tuple(bound - zero_point for bound in quantizer.bounds())
-        self.levels = quantizer.bounds()[1]
+        low, high = quantizer.bounds()
+        self.levels = high if quantizer.is_symmetric else high - low  # on either side of zero, or in all
         self.drop = 0.0  # the share of values that pass as they are, drawn from `generator` (QDrop: Wei et al. 2022)
         self.generator: torch.Generator | None = None
 

@@ -8,7 +8,7 @@ same ranges, equalization, learned rounding and bias correction. The classifier 
 Sizes are those of everything that the model's file holds, biases, scales and what is left in float included. Bit
 operations are the products of multiply-accumulates with the bits of both factors (Baskin et al., "UNIQ", 2021), of the
 quantized layers for one image. An activation that only wide layers read is wide itself: 16 bits where all of them have
-16 or more, float where all of them are in float.
+16 or more, float where all of them are in float. One that only averages read is as wide as the layer that wrote it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import fx, nn
 
 from quantizers import ptq
 from quantizers.allocation import Allocation, allocate
 from quantizers.calibration import check_images
+from quantizers.graph import is_average, is_rectifier
 from quantizers.modules import QuantizedInputLayer, QuantizedLayer, QuantizedModel
 from quantizers.numerics import FLOAT_BITS, MAX_BITS, QuantizationError
 from quantizers.sensitivity import WIDTHS, Sensitivity, measure_sensitivity, multiply_accumulates
@@ -187,22 +188,34 @@ def table_of_widths(model: QuantizedModel, images: torch.Tensor) -> pd.DataFrame
 
 
 def _layers_reading(model: QuantizedModel) -> dict[str, list[str]]:
-    """For each activation quantizer the layers that alone read it; none where something else does too."""
+    """For each activation quantizer the layers that alone read it, or the one that writes what averages alone read;
+    none where something else reads it too."""
     modules = dict(model.network.named_modules())
+    names = {layer: name for name, layer in model.layers().items()}
+    quantizers = model.activation_quantizers()
     users: dict[nn.Module, list] = {}
+    sources: dict[nn.Module, list] = {}
     for node in model.network.graph.nodes:
         if node.op == "call_module":
             users.setdefault(modules[node.target], []).extend(node.users)
-    layers = set(model.layers().values())
-    return {
-        name: readers
-        if all(
-            user.op == "call_module" and modules[user.target] in layers
-            for user in users.get(model.activation_quantizers()[name], ())
-        )
-        else []
-        for name, readers in _readers(model).items()
-    }
+            sources.setdefault(modules[node.target], []).extend(node.all_input_nodes)
+
+    def writer(source: fx.Node) -> list[str]:
+        while is_rectifier(source, modules):
+            source = source.all_input_nodes[0]
+        is_layer = source.op == "call_module" and modules[source.target] in names
+        return [names[modules[source.target]]] if is_layer else []
+
+    found = {}
+    for name, readers in _readers(model).items():
+        reading = users.get(quantizers[name], [])
+        if reading and all(is_average(user, modules) for user in reading):
+            found[name] = [layer for source in sources[quantizers[name]] for layer in writer(source)]
+        elif all(user.op == "call_module" and modules[user.target] in names for user in reading):
+            found[name] = readers
+        else:
+            found[name] = []
+    return found
 
 
 def _readers(model: QuantizedModel) -> dict[str, list[str]]:

@@ -14,11 +14,11 @@ from torch import fx, nn
 from quantizers.numerics import (
     FLOAT_BITS,
     HALF_BITS,
+    INT8_RANGE,
     MAX_BITS,
     QuantizationError,
     activation_parameters,
     activation_range,
-    affine_parameters,
     along,
     check_bits,
     dequantize_weight,
@@ -40,11 +40,12 @@ class ActivationQuantizer(nn.Module):
     While `observer` is set it watches and changes nothing.
     """
 
-    def __init__(self, name: str, bits: int, is_symmetric: bool = False):
+    def __init__(self, name: str, bits: int, is_symmetric: bool = False, is_signed: bool = False):
         super().__init__()
         self.name = name
         self.bits = _check_wide_bits(bits, name)
         self.is_symmetric = is_symmetric
+        self.is_signed = is_signed or is_symmetric
         self.register_buffer("scale", torch.tensor(torch.nan))
         self.register_buffer("zero_point", torch.tensor(torch.nan))
         self.observer: Callable[[torch.Tensor], None] | None = None
@@ -59,7 +60,8 @@ class ActivationQuantizer(nn.Module):
 
     def set_range(self, low: float, high: float) -> None:
         """Calibrate to [low, high], widened to hold 0; symmetric: to the least range around 0 that holds both."""
-        scale, zero_point = activation_parameters(torch.tensor(low), torch.tensor(high), self.bits, self.is_symmetric)
+        ends = torch.tensor(low), torch.tensor(high)
+        scale, zero_point = activation_parameters(*ends, self.bits, self.is_symmetric, self.is_signed)
         self.set_parameters(scale, zero_point)
 
     def set_parameters(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
@@ -76,7 +78,7 @@ class ActivationQuantizer(nn.Module):
 
     def bounds(self) -> tuple[int, int]:
         """The smallest and the largest integer."""
-        return activation_range(self.bits, self.is_symmetric)
+        return activation_range(self.bits, self.is_signed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.observer is not None:
@@ -96,23 +98,29 @@ class ActivationQuantizer(nn.Module):
 
 
 class DynamicActivationQuantizer(nn.Module):
-    """Affine, with the extremes of each image (dimension 0) as its range: a prediction never depends on its batch."""
+    """With the extremes of each image (dimension 0) as its range: a prediction never depends on its batch."""
 
-    def __init__(self, name: str, bits: int):
+    def __init__(self, name: str, bits: int, is_symmetric: bool = False, is_signed: bool = False):
         super().__init__()
         self.name = name
         self.bits = check_bits(bits, name)
+        self.is_symmetric = is_symmetric
+        self.is_signed = is_signed or is_symmetric
         self.observer: Callable[[torch.Tensor], None] | None = None  # as in ActivationQuantizer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.observer is not None:
             self.observer(x)
             return x
-        flat_NK = x.reshape(x.shape[0], -1)
-        low_N, high_N = flat_NK.amin(dim=1), flat_NK.amax(dim=1)
-        scale_N, zero_point_N = affine_parameters(low_N, high_N, self.bits)
+        scale_N, zero_point_N = self.parameters_of(x)
         scale, zero_point = along(scale_N, 0, x.ndim), along(zero_point_N, 0, x.ndim)
-        return fake_quantize(x, scale, zero_point, 0, 2**self.bits - 1)
+        return fake_quantize(x, scale, zero_point, *activation_range(self.bits, self.is_signed))
+
+    def parameters_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, zero_point) of each image, (N,)."""
+        flat_NK = x.reshape(x.shape[0], -1)
+        ends = flat_NK.amin(dim=1), flat_NK.amax(dim=1)
+        return activation_parameters(*ends, self.bits, self.is_symmetric, self.is_signed)
 
     def extra_repr(self) -> str:
         return f"{self.name}, bits={self.bits}, per image"
@@ -129,11 +137,19 @@ class QuantizedLayer(nn.Module):
     `QuantizedModel.forget_float`, for whatever chooses the rounding, the bias or the width.
     """
 
-    def __init__(self, name: str, layer: nn.Module, bits: int, granularity: str = "per_channel"):
+    def __init__(
+        self,
+        name: str,
+        layer: nn.Module,
+        bits: int,
+        granularity: str = "per_channel",
+        int8_range: tuple[int, int] = INT8_RANGE,
+    ):
         super().__init__()
         self.name = name
         self.layer = layer
         self.granularity = granularity
+        self.int8_range = int8_range
         self.axis = 1 if isinstance(layer, TRANSPOSED) else 0
         if self.axis == 1 and layer.groups > 1:
             raise QuantizationError(f"{name}: grouped transposed convolutions cannot be quantized per channel")
@@ -159,11 +175,15 @@ class QuantizedLayer(nn.Module):
         self.keep_float()
         if self.bits <= MAX_BITS:
             scale = choose_scales(self.float_weight, self.bits, self.axis, self.name)
-            self.set_weights(quantize_weight(self.float_weight, scale, self.bits, self.axis), scale)
+            self.set_weights(quantize_weight(self.float_weight, scale, self.bits, self.axis, self.int8_range), scale)
         else:
             self.layer.weight.copy_(self.float_weight.half() if self.bits == HALF_BITS else self.float_weight)
             if not bool(torch.isfinite(self.layer.weight).all()):
                 raise QuantizationError(f"{self.name}: its weights are not finite in float16")
+
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest integer of the weights."""
+        return weight_range(self.bits, self.int8_range)
 
     def keep_float(self) -> None:
         if self.float_weight is None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from quantizers.numerics import MAX_BITS, QuantizationError, along, symmetric_scale, weight_range
+from quantizers.numerics import INT8_RANGE, MAX_BITS, QuantizationError, along, symmetric_scale, weight_range
 
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "entropy")
 WEIGHT_OBSERVERS = ("minmax", "percentile", "mse", "entropy")
@@ -321,6 +321,7 @@ class WeightObserver:
     observer: str = "mse"
     percentile: float = 99.99
     granularity: str = "per_channel"
+    int8_range: tuple[int, int] = INT8_RANGE
 
     def scales(self, w: torch.Tensor, bits: int, axis: int, name: str) -> torch.Tensor:
         """(O,) float32 scales, O = w.shape[axis], or (1,) per tensor. QuantizationError for weights that are not
@@ -331,15 +332,16 @@ class WeightObserver:
         if not bool(torch.isfinite(w_OK).all()):
             raise QuantizationError(f"{name}: its weights are not finite")
         max_abs = w_OK.abs().amax(dim=1)
+        qmax = weight_range(bits, self.int8_range)[1]
         if self.observer == "minmax" or bits > MAX_BITS:
-            return symmetric_scale(max_abs, bits)
+            return symmetric_scale(max_abs, qmax)
         if self.observer == "percentile":
-            return symmetric_scale(_row_percentile(w_OK.abs(), self.percentile), bits)
+            return symmetric_scale(_row_percentile(w_OK.abs(), self.percentile), qmax)
         rows = max(1, WEIGHT_CHUNK // w_OK.shape[1])
         if self.observer == "mse":
-            parts = [mse_scales(part, bits) for part in w_OK.split(rows)]
+            parts = [mse_scales(part, bits, self.int8_range) for part in w_OK.split(rows)]
         elif self.observer == "entropy":
-            parts = [entropy_scales(part, bits) for part in w_OK.split(rows)]
+            parts = [entropy_scales(part, bits, int8_range=self.int8_range) for part in w_OK.split(rows)]
         else:
             raise QuantizationError(f"unknown observer {self.observer!r}; choose from {', '.join(WEIGHT_OBSERVERS)}")
         return torch.cat(parts)
@@ -352,16 +354,17 @@ def _row_percentile(values_OK: torch.Tensor, percentile: float) -> torch.Tensor:
     return below + (above - below) * (rank - np.floor(rank))
 
 
-def mse_scales(w_OK: torch.Tensor, bits: int) -> torch.Tensor:
+def mse_scales(w_OK: torch.Tensor, bits: int, int8_range: tuple[int, int] = INT8_RANGE) -> torch.Tensor:
     """The scales of the least squared error, all channels at once: a coarse, then a fine search of the clipping."""
-    widest = symmetric_scale(w_OK.abs().amax(dim=1), bits)
+    bounds = weight_range(bits, int8_range)
+    widest = symmetric_scale(w_OK.abs().amax(dim=1), bounds[1])
     best_share = torch.ones_like(widest)
     best_error = torch.full_like(widest, torch.inf)
     for offsets in (torch.linspace(0.1, 1.2, 12), torch.linspace(-0.08, 0.08, 9)):
         centre = torch.zeros_like(best_share) if best_error.isinf().all() else best_share.clone()
         for offset in offsets.tolist():
             share = (centre + offset).clamp(min=0.02)
-            error = _squared_error(w_OK, widest * share, bits)
+            error = _squared_error(w_OK, widest * share, bounds)
             better = error < best_error
             best_share = torch.where(better, share, best_share)
             best_error = torch.where(better, error, best_error)
@@ -369,13 +372,14 @@ def mse_scales(w_OK: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(zero, widest, widest * best_share)
 
 
-def _squared_error(w_OK: torch.Tensor, scale_O: torch.Tensor, bits: int) -> torch.Tensor:
-    qmin, qmax = weight_range(bits)
+def _squared_error(w_OK: torch.Tensor, scale_O: torch.Tensor, bounds: tuple[int, int]) -> torch.Tensor:
     scale = along(scale_O, 0, 2)
-    return (w_OK / scale).round_().clamp_(qmin, qmax).mul_(scale).sub_(w_OK).square_().sum(dim=1)
+    return (w_OK / scale).round_().clamp_(*bounds).mul_(scale).sub_(w_OK).square_().sum(dim=1)
 
 
-def entropy_scales(w_OK: torch.Tensor, bits: int, bins: int = 512) -> torch.Tensor:
+def entropy_scales(
+    w_OK: torch.Tensor, bits: int, bins: int = 512, int8_range: tuple[int, int] = INT8_RANGE
+) -> torch.Tensor:
     """The scales of the least KL divergence, channel by channel, on a symmetric histogram of each."""
     scales = []
     for row in w_OK.cpu():
@@ -386,5 +390,5 @@ def entropy_scales(w_OK: torch.Tensor, bits: int, bins: int = 512) -> torch.Tens
         edges = np.linspace(-limit, limit, bins + 1)
         counts = np.histogram(row.numpy(), bins=edges)[0].astype(np.float64)
         _, high = entropy_range((edges[:-1] + edges[1:]) / 2, counts, -limit, limit, bits)
-        scales.append(float(symmetric_scale(torch.tensor(high), bits)))
+        scales.append(float(symmetric_scale(torch.tensor(high), weight_range(bits, int8_range)[1])))
     return torch.tensor(scales, dtype=torch.float32, device=w_OK.device)

@@ -16,7 +16,7 @@ from quantizers.calibration import Statistics, check_images, observe, set_ranges
 from quantizers.equalization import equalize
 from quantizers.graph import prepare
 from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, QuantizedModel
-from quantizers.numerics import QuantizationError, QuantizationWarning
+from quantizers.numerics import BACKENDS, REDUCED_INT8_RANGE, QuantizationError, QuantizationWarning
 from quantizers.observers import HISTOGRAM_OBSERVERS, WeightObserver
 
 SAME_FUNCTION = 0.01  # the most that tracing and folding may change the logits by, relatively; rounding changes 1e-5
@@ -33,7 +33,9 @@ class Recipe:
     percentile: float = 99.99
     first_last_bits: int | None = None
     weight_granularity: str = "per_channel"
-    activation_scheme: str = "affine"
+    activation_scheme: str | None = None  # None: the backend's
+    backend: str = "x86"
+    reduce_range: bool = False
     equalize: bool = False
     bias_correction: bool = False
     rounding: str = "nearest"
@@ -43,7 +45,25 @@ class Recipe:
     seed: int = 0
 
     def weight_scales(self) -> WeightObserver:
-        return WeightObserver(self.weight_observer, self.percentile, self.weight_granularity)
+        return WeightObserver(self.weight_observer, self.percentile, self.weight_granularity, self.int8_range())
+
+    def int8_range(self) -> tuple[int, int]:
+        """Of weights of 8 bits."""
+        return REDUCED_INT8_RANGE if self.reduce_range else BACKENDS[self.backend].int8_range
+
+    def is_symmetric(self) -> bool:
+        """Of activations. QuantizationError for a scheme that the backend has not."""
+        backend = BACKENDS[self.backend]
+        if backend.is_symmetric and self.activation_scheme == "affine":
+            raise QuantizationError(f"backend {self.backend} has no zero points: leave out activation_scheme affine")
+        return backend.is_symmetric or self.activation_scheme == "symmetric"
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise QuantizationError(f"unknown backend {self.backend!r}; choose from {', '.join(BACKENDS)}")
+        if self.reduce_range and self.backend != "x86":
+            raise QuantizationError(f"reduce_range is for x86 CPUs without VNNI; it does not apply to {self.backend}")
+        self.is_symmetric()
 
 
 def ptq_static(
@@ -98,9 +118,8 @@ def attach(
 
     def new_quantizer(name: str, is_edge: bool) -> nn.Module:
         bits = recipe.first_last_bits if is_edge and recipe.first_last_bits else activation_bits
-        if is_dynamic:
-            return DynamicActivationQuantizer(name, bits)
-        return ActivationQuantizer(name, bits, recipe.activation_scheme == "symmetric")
+        kind = DynamicActivationQuantizer if is_dynamic else ActivationQuantizer
+        return kind(name, bits, recipe.is_symmetric(), BACKENDS[recipe.backend].is_signed)
 
     sample = None if images is None else images[:2].to(device_of(model))
     network, placement = prepare(
@@ -109,6 +128,8 @@ def attach(
         new_quantizer,
         recipe.first_last_bits,
         weight_granularity=recipe.weight_granularity,
+        int8_range=recipe.int8_range(),
+        has_integer_products=BACKENDS[recipe.backend].has_integer_products,
         equalize=functools.partial(equalize, sample=sample) if recipe.equalize else None,
     )
     for name, reason in placement.opaque.items():
@@ -118,7 +139,12 @@ def attach(
             QuantizationWarning,
             stacklevel=3,
         )
-    description = {"method": method, "weight_bits": weight_bits, "activation_bits": activation_bits}
+    description = {
+        "method": method,
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "backend": recipe.backend,
+    }
     quantized = QuantizedModel(network, placement, description).to(device_of(model)).eval()
     if images is not None:
         _check_same_function(model, quantized, images[:2])

@@ -25,7 +25,7 @@ from quantizers import ptq
 from quantizers.calibration import check_images, set_ranges
 from quantizers.learned import SCALE_RATE, LearnedActivation, LearnedStep, replaced
 from quantizers.modules import ActivationQuantizer, QuantizedLayer, QuantizedModel
-from quantizers.numerics import FLOAT_BITS, MAX_BITS, QuantizationError, along, quantize_weight, weight_range
+from quantizers.numerics import FLOAT_BITS, MAX_BITS, QuantizationError, along, quantize_weight
 from training import Loss, TrainingResult, train
 
 
@@ -94,7 +94,7 @@ class LearnedLayer(nn.Module):
     def __init__(self, quantized: QuantizedLayer):
         super().__init__()
         self._quantized = [quantized]  # in a list: not a submodule
-        self.axis, self.bounds = quantized.axis, weight_range(quantized.bits)
+        self.axis, self.bounds = quantized.axis, quantized.bounds()
         weight = quantized.float_weight
         others = [dim for dim in range(weight.ndim) if dim != self.axis]
         largest = weight.abs().amax(dim=others, keepdim=True)
@@ -121,6 +121,7 @@ class LearnedLayer(nn.Module):
     def freeze(self) -> None:
         (quantized,) = self._quantized
         scale = self.current_scale()
-        quantized.set_weights(quantize_weight(self.weight * self.unit, scale, quantized.bits, self.axis), scale)
+        integer = quantize_weight(self.weight * self.unit, scale, quantized.bits, self.axis, quantized.int8_range)
+        quantized.set_weights(integer, scale)
         if self.bias is not None:
             quantized.set_bias(self.bias)

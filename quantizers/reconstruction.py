@@ -23,7 +23,7 @@ from evaluation import device_of, eval_mode
 from quantizers.execution import WALK_BATCH, WALK_MEMORY, Segment, Walk, images_within, run_segment, segments
 from quantizers.learned import LearnedActivation, replaced
 from quantizers.modules import ActivationQuantizer, QuantizedLayer, QuantizedModel
-from quantizers.numerics import FLOAT_BITS, MAX_BITS, QuantizationError, along, weight_range
+from quantizers.numerics import FLOAT_BITS, MAX_BITS, QuantizationError, along
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # of the rectified sigmoid: AdaRound, eq. 23
 WARM_UP = 0.2  # share of the iterations without pressure towards up or down
@@ -271,7 +271,7 @@ class SoftLayer(nn.Module):
     def __init__(self, quantized: QuantizedLayer):
         super().__init__()
         self._quantized = [quantized]  # in a list: not a submodule
-        self.axis, self.bounds = quantized.axis, weight_range(quantized.bits)
+        self.axis, self.bounds = quantized.axis, quantized.bounds()
         weight = quantized.float_weight
         self.scale = along(quantized.weight_scale, self.axis, weight.ndim)
         steps = weight / self.scale

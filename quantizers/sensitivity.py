@@ -158,7 +158,7 @@ def _candidate(layer: QuantizedLayer, bits: int, observer: WeightObserver) -> Ca
     if bits > MAX_BITS:
         return (weight.half() if bits == HALF_BITS else weight), None
     scale = observer.scales(weight, bits, layer.axis, layer.name)
-    return quantize_weight(weight, scale, bits, layer.axis), scale
+    return quantize_weight(weight, scale, bits, layer.axis, layer.int8_range), scale
 
 
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits (W, N, K), float logits (N, K)) -> (W, N)

@@ -16,7 +16,7 @@ from evaluation import (
     as_batch,
     device_of,
     eval_mode,
-    latency_ms,
+    latency,
     model_size_mb,
     predict,
     predicted_classes,
@@ -253,7 +253,10 @@ def test_latency_is_the_median_after_warm_up(monkeypatch):
 
     model = Timed(0.0).train()
     monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
-    assert latency_ms(model, images(2), repeats=5) == pytest.approx(1000 * statistics.median(durations[2:]))
+    found = latency(model, images(2), repeats=5)
+    assert found.median_ms == pytest.approx(1000 * statistics.median(durations[2:]))
+    assert found.p95_ms == pytest.approx(1000 * np.percentile(durations[2:], 95))
+    assert found.throughput == pytest.approx(2 / statistics.median(durations[2:]))
     assert clock["calls"] == 7
     assert model.training
 
@@ -264,4 +267,4 @@ def test_latency_is_a_time():
             time.sleep(0.01)
             return super().forward(x)
 
-    assert 10 <= latency_ms(Sleep(0.0), images(1), repeats=3) < 1000
+    assert 10 <= latency(Sleep(0.0), images(1), repeats=3).median_ms < 1000

@@ -277,12 +277,13 @@ def test_channels_are_independent():
 # ----------------------------------------------------------------------------------------------------------- placement
 
 
-EXPECTED = {  # layers, products, additions, norms folded: by hand from the papers' tables
+# layers, products (for hardware that has integer ones), additions, norms folded: by hand from the papers' tables
+EXPECTED = {
     "resnet50": (54, 0, 16, 53),  # 1 + 3 * 16 convolutions + 4 projections + classifier
     "mobilenet_v2": (53, 0, 10, 52),
     "squeezenet1_1": (26, 0, 0, 0),  # 1 + 3 * 8 fire + classifier
     "efficientnet_b0": (82, 0, 9, 49),  # 16 blocks' SE have two convolutions each
-    "vit_small_patch16_224": (50, 24, 24, 0),  # patches + 4 * 12 + head; two products and two additions a block
+    "vit_small_patch16_224": (50, 24, 0, 0),  # patches + 4 * 12 + head; two products a block; norms read its sums
 }
 
 
@@ -290,7 +291,7 @@ EXPECTED = {  # layers, products, additions, norms folded: by hand from the pape
 def test_every_layer_product_and_addition_is_quantized(name):
     model = settled(name).double()  # so that folding is exact but for float64 rounding
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    network, placement = prepare(model, 8, lambda name, is_edge: nn.Identity())
+    network, placement = prepare(model, 8, lambda name, is_edge: nn.Identity(), has_integer_products=True)
     counts = (len(placement.layers), len(placement.matmuls), len(placement.additions), len(placement.folded_norms))
     assert counts == EXPECTED[name]
     assert not placement.opaque and not placement.float_layers
@@ -305,7 +306,9 @@ def test_every_layer_product_and_addition_is_quantized(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_and_product_reads_quantized_values(name):
     """Walk the graph: each operand of a layer, product or residual addition comes out of a quantizer."""
-    network, placement = prepare(settled(name), 8, lambda name, is_edge: ActivationQuantizer(name, 8))
+    network, placement = prepare(
+        settled(name), 8, lambda name, is_edge: ActivationQuantizer(name, 8), has_integer_products=True
+    )
     modules = dict(network.named_modules())
     checked = 0
     for node in network.graph.nodes:
@@ -339,9 +342,40 @@ class Attention(nn.Module):
 def test_fused_attention_is_written_out():
     model = Attention().eval()
     x = torch.randn(3, 8, 4, 4)
-    network, placement = prepare(model, 8, lambda name, is_edge: nn.Identity())
+    network, placement = prepare(model, 8, lambda name, is_edge: nn.Identity(), has_integer_products=True)
     assert len(placement.matmuls) == 2 and len(placement.layers) == 2
     torch.testing.assert_close(network(x), model(x))
+
+
+def test_attention_stays_whole_where_products_are_in_float():
+    _, placement = prepare(Attention().eval(), 8, lambda name, is_edge: nn.Identity())
+    assert not placement.matmuls and placement.float_operations["scaled_dot_product_attention"] == 1
+    assert placement.activation_quantizers == ["transpose", "scaled_dot_product_attention"]
+
+
+class Pooled(nn.Module):
+    """A sum and a layer that only averages over the image read; a sum that a norm reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm, self.head = nn.GroupNorm(1, 4), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        x = x + self.b(x)
+        x = self.c(self.norm(x + F.relu(x)))
+        y = F.relu6(x + x.abs())
+        return self.head(torch.cat([y.mean((-2, -1)), F.adaptive_avg_pool2d(self.c(x), 1).flatten(1)], 1))
+
+
+def test_what_an_average_reads_is_quantized_and_a_sum_for_norms_is_not():
+    network, placement = prepare(Pooled().eval(), 8, lambda name, is_edge: nn.Identity())
+    # of the sums only the last is read, past a ReLU6, by an average; the others end in a norm
+    assert placement.additions == ["add_2"]
+    nodes = {node.name: node for node in network.graph.nodes}
+    assert nodes["mean"].args[0].target == "quantizer_relu6"
+    assert nodes["adaptive_avg_pool2d"].args[0].target == "quantizer_c_1"
 
 
 class InPlace(nn.Module):
@@ -363,9 +397,9 @@ class InPlace(nn.Module):
 
 def test_what_is_changed_in_place_is_read_changed():
     model, x = InPlace().eval(), images(5, 8)
-    network, placement = prepare(model, 8, lambda name, is_edge: nn.Identity())
+    network, placement = prepare(model, 8, lambda name, is_edge: nn.Identity(), has_integer_products=True)
     torch.testing.assert_close(network(x.clone()), model(x.clone()))
-    assert (len(placement.layers), len(placement.additions), len(placement.matmuls)) == (1, 1, 1)
+    assert (len(placement.layers), len(placement.additions), len(placement.matmuls)) == (1, 0, 1)
     quantized = ptq_static(model, x, weight_bits=8, activation_bits=8)
     reference = model(x.clone())
     assert (quantized(x) - reference).norm() < 0.05 * reference.norm()

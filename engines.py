@@ -1,0 +1,234 @@
+"""Inference engines behind one small interface: what runs a deployed model.
+
+    engine.predict(x_NCHW) -> logits_NK        numpy float32, any batch size
+    engine.latency(x_NCHW, repeats)            milliseconds of a pass over exactly this batch
+
+torch         the simulation itself: a QuantizedModel, or any module
+onnxruntime   an ONNX file, on the CPU, CUDA or TensorRT
+openvino      the same file, on Intel's and ARM's CPUs
+inductor      a QuantizedModel compiled by torch.compile with torchao's integer kernels, on x86 CPUs
+
+Packages of an engine are imported where it is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from evaluation import Latency, device_of, eval_mode, latency, model_size_mb, timed
+from quantizers.modules import QuantizedModel
+from quantizers.numerics import QuantizationWarning
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+REQUIREMENTS = {  # engine -> (module, what to install)
+    "onnxruntime": ("onnxruntime", "onnxruntime"),
+    "openvino": ("openvino", "openvino"),
+    "inductor": ("torchao", "torchao"),
+}
+
+
+class EngineError(ValueError):
+    """An engine that cannot be made or run; the message is one line."""
+
+
+class Engine(Protocol):
+    name: str
+    size_mb: float  # 10^6 bytes of its file; NaN where it was not made from one
+
+    def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
+        """Logits (N, K) float32 of normalised images (N, 3, H, W) float32."""
+
+    def latency(self, x_NCHW: np.ndarray, repeats: int = 20) -> Latency:
+        """Of `repeats` passes over these images, after a warm-up."""
+
+
+def check_installed(engine: str) -> None:
+    """EngineError that says what to install."""
+    module, distribution = REQUIREMENTS[engine]
+    if importlib.util.find_spec(module) is None:
+        raise EngineError(f"engine {engine} is not installed: python -m pip install {distribution}")
+
+
+# --------------------------------------------------------------------------------------------------------------- torch
+
+
+class TorchEngine:
+    """The simulation: a module run where it is."""
+
+    name = "torch"
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.size_mb = model_size_mb(model)
+
+    def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
+        with torch.inference_mode(), eval_mode(self.model):
+            images = torch.from_numpy(np.ascontiguousarray(x_NCHW)).to(device_of(self.model))
+            return self.model(images).float().cpu().numpy()
+
+    def latency(self, x_NCHW: np.ndarray, repeats: int = 20) -> Latency:
+        return latency(self.model, torch.from_numpy(_as_images(x_NCHW)), repeats)
+
+
+# --------------------------------------------------------------------------------------------------------- ONNX Runtime
+
+
+class OnnxRuntimeEngine:
+    """ONNX Runtime. Weights of fewer than 8 bits are widened to INT8 in memory, where its integer kernels take them:
+    the same values at the same scales."""
+
+    name = "onnxruntime"
+
+    def __init__(self, model: bytes, threads: int | None = None, provider: str = "cpu"):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        wanted = PROVIDERS[provider]
+        available = onnxruntime.get_available_providers()
+        if wanted not in available:
+            warnings.warn(
+                f"this ONNX Runtime has no {wanted} (it has {', '.join(available)}): running on the CPU instead; "
+                "install onnxruntime-gpu for it",
+                QuantizationWarning,
+                stacklevel=3,
+            )
+            wanted = PROVIDERS["cpu"]
+        providers = list(dict.fromkeys((wanted, PROVIDERS["cpu"])))
+        try:
+            self.session = onnxruntime.InferenceSession(widen_weights(model), options, providers=providers)
+        except Exception as error:  # its errors have no common base class
+            raise EngineError(f"ONNX Runtime cannot load the model: {_line(error)}") from error
+        self.provider = self.session.get_providers()[0]
+        if self.provider != wanted:  # it falls back by itself where a driver or library is missing
+            warnings.warn(
+                f"{wanted} could not be started: ONNX Runtime runs the model on {self.provider} instead",
+                QuantizationWarning,
+                stacklevel=3,
+            )
+        self.size_mb = len(model) / 1e6
+        self.input = self.session.get_inputs()[0].name
+
+    def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.input: _as_images(x_NCHW)})[0]
+
+    def latency(self, x_NCHW: np.ndarray, repeats: int = 20) -> Latency:
+        feed = {self.input: _as_images(x_NCHW)}
+        return timed(lambda: self.session.run(None, feed), len(x_NCHW), repeats)
+
+
+def widen_weights(model: bytes) -> bytes:
+    """The same ONNX model with INT4 and INT2 initializers as INT8; as it is where there are none."""
+    import onnx
+    from onnx import TensorProto, numpy_helper
+
+    proto = onnx.load_from_string(model)
+    narrow = (TensorProto.INT4, TensorProto.INT2)
+    changed = False
+    for tensor in proto.graph.initializer:
+        if tensor.data_type in narrow:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.int8), tensor.name))
+            changed = True
+    return proto.SerializeToString() if changed else model
+
+
+# ------------------------------------------------------------------------------------------------------------ OpenVINO
+
+
+class OpenVinoEngine:
+    """OpenVINO on the CPU. `float_precision` is that of what it computes between the integers: f32, as the simulation
+    does, or bf16, faster where the CPU has it."""
+
+    name = "openvino"
+    provider = "CPU"
+
+    def __init__(self, model: bytes, threads: int | None = None, float_precision: str = "f32"):
+        import openvino
+
+        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": float_precision}
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        try:
+            core = openvino.Core()
+            self.compiled = core.compile_model(core.read_model(widen_weights(model)), "CPU", config)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot load the model: {_line(error)}") from error
+        self.size_mb = len(model) / 1e6
+        self.request = self.compiled.create_infer_request()
+
+    def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
+        return np.array(self.request.infer([_as_images(x_NCHW)])[0])
+
+    def latency(self, x_NCHW: np.ndarray, repeats: int = 20) -> Latency:
+        x_NCHW = _as_images(x_NCHW)
+        return timed(lambda: self.request.infer([x_NCHW]), len(x_NCHW), repeats)
+
+
+# ------------------------------------------------------------------------------------------------------------- Inductor
+
+
+class InductorEngine:
+    """torch.compile on the CPU, weights frozen, so that quantize / dequantize pairs become oneDNN's integer kernels.
+
+    Compiled for each batch size that `latency` is asked for; `predict` compiles for the first one it meets and fills
+    up smaller batches, since compiling takes half a minute.
+    """
+
+    name = "inductor"
+    provider = "CPU"
+    size_mb = math.nan
+
+    def __init__(self, model: nn.Module, threads: int | None = None):
+        from quantizers.deployable import DecomposedWriter, deployable
+
+        writer = DecomposedWriter()
+        self.network = deployable(model, writer) if isinstance(model, QuantizedModel) else model
+        self.threads = threads
+        self.compiled = torch.compile(self.network, dynamic=False)
+        self.batch = 0  # the largest batch that predict has compiled for
+
+    def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
+        count = len(x_NCHW)
+        self.batch = max(self.batch, count)
+        padded = np.zeros((self.batch, *x_NCHW.shape[1:]), np.float32)
+        padded[:count] = x_NCHW
+        with self._running():
+            return self.compiled(torch.from_numpy(padded)).float().numpy()[:count]
+
+    def latency(self, x_NCHW: np.ndarray, repeats: int = 20) -> Latency:
+        images = torch.from_numpy(_as_images(x_NCHW))
+        with self._running():
+            return timed(lambda: self.compiled(images), len(images), repeats)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        import torch._inductor.config as inductor
+
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(self.threads or threads)
+            with torch.no_grad(), inductor.patch(freezing=True):
+                yield
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            raise EngineError(f"Inductor cannot run the model: {_line(error)}") from error
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _as_images(x_NCHW: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x_NCHW, dtype=np.float32)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

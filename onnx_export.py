@@ -1,0 +1,181 @@
+"""ONNX files of float and quantized models: QuantizeLinear / DequantizeLinear, integer weights packed at their width.
+
+PyTorch's exporter writes the graph; the integers are packed afterwards into the narrowest ONNX type that holds them,
+INT2 (opset 25), INT4 (opset 21) or INT8, two or four values a byte. Widths between go into the next wider type. The
+file holds nothing of the program that wrote it: numpy and onnxruntime are enough to run it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.version_converter
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from evaluation import eval_mode
+from quantizers.deployable import IntegerLayer, StaticPair, deployable, integer_layers
+from quantizers.modules import QuantizedModel
+from quantizers.numerics import MAX_BITS, QuantizationError
+
+INPUT, OUTPUT, BATCH = "image", "logits", "batch"
+OPSET, OPSET_INT2 = 21, 25  # the first with INT4, the first with INT2
+IR_VERSION, IR_VERSION_INT2 = 10, 13
+PACKED_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.dtype(np.int8)}  # bits of the type -> numpy type
+TYPE_NAMES = {2: "INT2", 4: "INT4", 8: "INT8", 16: "FLOAT16", 32: "FLOAT"}
+PRODUCER = "beyond-naive-quantization"
+
+
+class ExportError(QuantizationError):
+    """A model that cannot be written as ONNX; the message is one line."""
+
+
+def type_bits(bits: int) -> int:
+    """The width of the ONNX type that holds weights of `bits`: the next wider one there is."""
+    return next(width for width in (*PACKED_TYPES, 16, 32) if bits <= width)
+
+
+def weight_table(model: nn.Module) -> list[dict[str, Any]]:
+    """A row for each quantized layer: `layer, bits, type, parameters`; none for a float model."""
+    if not isinstance(model, QuantizedModel):
+        return []
+    return [
+        {"layer": name, "bits": layer.bits, "type": TYPE_NAMES[type_bits(layer.bits)],
+         "parameters": layer.layer.weight.numel()}
+        for name, layer in model.layers().items()
+    ]  # fmt: skip
+
+
+def to_onnx(model: nn.Module, example: torch.Tensor, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """The model, images (N, 3, H, W) -> logits (N, K), as ONNX with a dynamic batch axis. `example` (n, 3, H, W) gives
+    the size of an image. ExportError for a model that PyTorch's exporter or the checker of ONNX refuses."""
+    layers: dict[str, IntegerLayer] = {}
+    if isinstance(model, QuantizedModel):
+        network = deployable(model, OnnxWriter())
+        layers = integer_layers(network)
+    else:
+        network = model
+    widths = {layer.bits for layer in layers.values() if layer.bits <= MAX_BITS}
+    has_int2 = any(type_bits(bits) == 2 for bits in widths)
+    proto = _export(network, example)
+    if has_int2:
+        proto = onnx.version_converter.convert_version(proto, OPSET_INT2)
+    _pack_weights(proto, layers)
+    _finish(proto, IR_VERSION_INT2 if has_int2 else IR_VERSION, metadata)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported model is not valid ONNX: {_line(error)}") from error
+    return proto
+
+
+class OnnxWriter:
+    """Quantize / dequantize pairs as ONNX operators (quantizers.deployable.Writer)."""
+
+    def pair(self, x: torch.Tensor, quantizer: StaticPair) -> torch.Tensor:
+        parameters = (quantizer.scale, quantizer.zero_point)
+        return self._pair(x, *parameters, quantizer.dtype, {})
+
+    def dynamic_pair(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, is_signed: bool):
+        dtype = torch.int8 if is_signed else torch.uint8
+        return self._pair(x, scale, zero_point.to(dtype), dtype, {"axis": 0})
+
+    def weight(self, layer: IntegerLayer) -> torch.Tensor:
+        attributes = {} if layer.is_per_tensor else {"axis": layer.axis}
+        return _operator(
+            "DequantizeLinear",
+            (layer.weight_integer, layer.weight_scale),
+            attributes,
+            torch.float32,
+            layer.weight_integer.shape,
+        )
+
+    def _pair(self, x, scale, zero_point, dtype: torch.dtype, attributes: dict) -> torch.Tensor:
+        integer = _operator("QuantizeLinear", (x, scale, zero_point), attributes, dtype, x.shape)
+        return _operator("DequantizeLinear", (integer, scale, zero_point), attributes, torch.float32, x.shape)
+
+
+def _operator(name: str, inputs: tuple, attributes: dict, dtype: torch.dtype, shape) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=OPSET)
+
+
+def _export(network: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
+    images = torch.cat([example, example])[:2].float().cpu()  # two: a batch of one would be taken for a constant
+    device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
+    try:
+        with eval_mode(network), torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                network,
+                (images.to(device),),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: BATCH},),
+                optimize=True,
+                verbose=False,
+            )
+            return program.model_proto
+    except Exception as error:  # the exporter's errors have no common base class
+        raise ExportError(f"the model cannot be exported to ONNX: {_line(error)}") from error
+
+
+def _pack_weights(proto: onnx.ModelProto, layers: Mapping[str, IntegerLayer]) -> None:
+    """Give each integer weight the narrowest type that holds its width."""
+    bits = {f"{path}.weight_integer": layer.bits for path, layer in layers.items() if layer.bits <= MAX_BITS}
+    found = set()
+    for place, tensor in enumerate(proto.graph.initializer):
+        if tensor.name not in bits:
+            continue
+        found.add(tensor.name)
+        packed_type = PACKED_TYPES[type_bits(bits[tensor.name])]
+        integers = numpy_helper.to_array(tensor)
+        packed = numpy_helper.from_array(integers.astype(packed_type), tensor.name)
+        proto.graph.initializer[place].CopyFrom(packed)
+    missing = sorted(set(bits) - found)
+    if missing:
+        raise ExportError(f"{missing[0]}: the exporter did not keep these weights as integers")
+
+
+def _finish(proto: onnx.ModelProto, ir_version: int, metadata: Mapping[str, str]) -> None:
+    """Set version and metadata; leave out what only tells how the file was made, and types that have changed."""
+    proto.ir_version = ir_version
+    proto.producer_name, proto.producer_version, proto.doc_string = PRODUCER, "", ""
+    del proto.metadata_props[:], proto.graph.value_info[:], proto.graph.metadata_props[:]
+    for part in (proto.graph, *proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress, hints and warnings about its own code."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _line(error: BaseException) -> str:
+    """The first line that says something, of an error and of what caused it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200] or type(error).__name__
