@@ -374,19 +374,6 @@ class Quantization(Section):
     def _no_twins(cls, value):
         return _distinct(value)
 
-    @pydantic.model_validator(mode="after")
-    def _schemes(self):
-        if self.reduce_range and "x86" not in self.backend:
-            raise ValueError(f"reduce_range: for x86 CPUs; it does nothing with backend {', '.join(self.backend)}")
-        if "tensorrt" in self.backend:
-            entries = [entry for entry in self.methods if isinstance(entry, MethodEntry)]
-            for section in (self.ptq_static, self.qat, self.mixed_precision, *entries):
-                if section.activation_scheme == "affine":
-                    raise ValueError(
-                        "activation_scheme: affine needs zero points, which backend tensorrt has not; leave it out"
-                    )
-        return self
-
     @pydantic.field_validator("bit_widths", mode="before")
     @classmethod
     def _one_or_many(cls, value):
@@ -447,9 +434,10 @@ class Analysis(Section):
 
 class Deployment(Section):
     """Which cells become ONNX files, which of them are run and measured, and by what. A pattern is MODEL:METHOD:BITS
-    with shell wildcards; METHOD is the cell's or its strategy, BITS such as W8A8, or FP32; parts left out are any."""
+    with shell wildcards; METHOD is the cell's, or its strategy where it has one; BITS such as W8A8, or FP32; parts left
+    out are any."""
 
-    cells: list[str] = ["*:ptq_static:W8A8"]  # run by each engine: its predictions, size and latency
+    cells: list[str] = ["*:none:FP32", "*:ptq_static:W8A8"]  # run by each engine: its predictions, size and latency
     export: list[str] = ["*:ptq_static:W8A8"]  # kept in models/<cell>.onnx
     engines: list[Engine] = Field(default=["onnxruntime"], min_length=1)  # the first one is the row's
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"  # of ONNX Runtime
@@ -519,6 +507,23 @@ class Config(Section):
             idle = [key for key in RECONSTRUCTION_KEYS if key in entry.options()]
             if idle and self.quantization.settings(entry)["rounding"] == "nearest":
                 raise ValueError(f"{where}: {idle[0]} does nothing with rounding nearest; add rounding: adaround")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _schemes(self):
+        quantization = self.quantization
+        if quantization.reduce_range and "x86" not in quantization.backend:
+            backends = ", ".join(quantization.backend)
+            raise ValueError(f"quantization.reduce_range: for x86 CPUs; it does nothing with backend {backends}")
+        if "tensorrt" in quantization.backend:
+            places = {name: getattr(quantization, name) for name in METHOD_SECTIONS}
+            places |= {f"methods[{place}]": entry for place, entry in enumerate(quantization.methods)}
+            for place, section in places.items():
+                if getattr(section, "activation_scheme", None) == "affine":
+                    raise ValueError(
+                        f"quantization.{place}.activation_scheme: affine needs zero points, which backend tensorrt has "
+                        "not; leave it out"
+                    )
         return self
 
     @pydantic.model_validator(mode="after")

@@ -29,6 +29,7 @@ from quantizers.modules import QuantizedModel
 from quantizers.numerics import QuantizationWarning
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+PAIR = ("QuantizeLinear", "DequantizeLinear")
 REQUIREMENTS = {  # engine -> (module, what to install)
     "onnxruntime": ("onnxruntime", "onnxruntime"),
     "openvino": ("openvino", "openvino"),
@@ -42,6 +43,7 @@ class EngineError(ValueError):
 
 class Engine(Protocol):
     name: str
+    provider: str  # what it runs on
     size_mb: float  # 10^6 bytes of its file; NaN where it was not made from one
 
     def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
@@ -68,6 +70,7 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.provider = str(device_of(model)).upper()
         self.size_mb = model_size_mb(model)
 
     def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
@@ -83,8 +86,7 @@ class TorchEngine:
 
 
 class OnnxRuntimeEngine:
-    """ONNX Runtime. Weights of fewer than 8 bits are widened to INT8 in memory, where its integer kernels take them:
-    the same values at the same scales."""
+    """ONNX Runtime."""
 
     name = "onnxruntime"
 
@@ -107,7 +109,7 @@ class OnnxRuntimeEngine:
             wanted = PROVIDERS["cpu"]
         providers = list(dict.fromkeys((wanted, PROVIDERS["cpu"])))
         try:
-            self.session = onnxruntime.InferenceSession(widen_weights(model), options, providers=providers)
+            self.session = onnxruntime.InferenceSession(model, options, providers=providers)
         except Exception as error:  # its errors have no common base class
             raise EngineError(f"ONNX Runtime cannot load the model: {_line(error)}") from error
         self.provider = self.session.get_providers()[0]
@@ -121,26 +123,17 @@ class OnnxRuntimeEngine:
         self.input = self.session.get_inputs()[0].name
 
     def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
-        return self.session.run(None, {self.input: _as_images(x_NCHW)})[0]
+        return self._run({self.input: _as_images(x_NCHW)})[0]
 
     def latency(self, x_NCHW: np.ndarray, repeats: int = 20) -> Latency:
         feed = {self.input: _as_images(x_NCHW)}
-        return timed(lambda: self.session.run(None, feed), len(x_NCHW), repeats)
+        return timed(lambda: self._run(feed), len(x_NCHW), repeats)
 
-
-def widen_weights(model: bytes) -> bytes:
-    """The same ONNX model with INT4 and INT2 initializers as INT8; as it is where there are none."""
-    import onnx
-    from onnx import TensorProto, numpy_helper
-
-    proto = onnx.load_from_string(model)
-    narrow = (TensorProto.INT4, TensorProto.INT2)
-    changed = False
-    for tensor in proto.graph.initializer:
-        if tensor.data_type in narrow:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.int8), tensor.name))
-            changed = True
-    return proto.SerializeToString() if changed else model
+    def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return self.session.run(None, feed)
+        except Exception as error:  # its errors have no common base class
+            raise EngineError(f"ONNX Runtime cannot run the model: {_line(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ OpenVINO
@@ -161,18 +154,56 @@ class OpenVinoEngine:
             config["INFERENCE_NUM_THREADS"] = threads
         try:
             core = openvino.Core()
-            self.compiled = core.compile_model(core.read_model(widen_weights(model)), "CPU", config)
+            self.compiled = core.compile_model(core.read_model(for_openvino(model)), "CPU", config)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot load the model: {_line(error)}") from error
         self.size_mb = len(model) / 1e6
         self.request = self.compiled.create_infer_request()
 
     def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
-        return np.array(self.request.infer([_as_images(x_NCHW)])[0])
+        return np.array(self._infer(_as_images(x_NCHW))[0])
 
     def latency(self, x_NCHW: np.ndarray, repeats: int = 20) -> Latency:
         x_NCHW = _as_images(x_NCHW)
-        return timed(lambda: self.request.infer([x_NCHW]), len(x_NCHW), repeats)
+        return timed(lambda: self._infer(x_NCHW), len(x_NCHW), repeats)
+
+    def _infer(self, x_NCHW: np.ndarray):
+        try:
+            return self.request.infer([x_NCHW])
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot run the model: {_line(error)}") from error
+
+
+def for_openvino(model: bytes) -> bytes:
+    """The same ONNX model as OpenVINO can read it: INT2 weights as INT8, the same values; activations of 16 bits, for
+    which it has no kernels and forgets even the clipping, in float, clipped."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    proto = onnx.load_from_string(model)
+    tensors = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == TensorProto.INT2:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.int8), tensor.name))
+        tensors[tensor.name] = tensor
+    wide = (TensorProto.UINT16, TensorProto.INT16)
+    nodes = []
+    for node in proto.graph.node:
+        zero_point = tensors.get(node.input[2]) if len(node.input) == 3 else None
+        if node.op_type not in PAIR or zero_point is None or zero_point.data_type not in wide:
+            nodes.append(node)
+        elif node.op_type == "DequantizeLinear":
+            nodes.append(helper.make_node("Identity", [node.input[0]], [node.output[0]]))
+        else:
+            scale, zero = (numpy_helper.to_array(tensors[name]).astype(np.float64) for name in node.input[1:])
+            limits = np.iinfo(helper.tensor_dtype_to_np_dtype(zero_point.data_type))
+            ends = [f"{node.output[0]}_low", f"{node.output[0]}_high"]
+            for name, end in zip(ends, (limits.min, limits.max), strict=True):
+                proto.graph.initializer.append(numpy_helper.from_array(np.float32((end - zero) * scale), name))
+            nodes.append(helper.make_node("Clip", [node.input[0], *ends], [node.output[0]]))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return proto.SerializeToString()
 
 
 # ------------------------------------------------------------------------------------------------------------- Inductor

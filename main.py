@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         _check_models(config)
+        _check_engines(config)
         device = _device(options.device)
         store = Store(config.results_dir)
         if options.dry_run:
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(config: Config, store, phases: Sequence[str], device: str, options: argparse.Namespace) -> int:
     import importlib
 
+    from phases.deploy import unmatched_patterns
     from phases.plan import plan
     from runner import Report
 
@@ -74,6 +76,8 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     if options.fresh:
         store.clear([cell.id for phase in phases for cell in planned.get(phase, [])])
     report = Report(options.quiet)
+    for line in unmatched_patterns(config, [cell for cells in planned.values() for cell in cells]):
+        report.line(line)
     for phase in phases:
         if phase != "baseline":
             _refresh(config, store, planned, report)
@@ -92,8 +96,27 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     ]
     for cell, error in failed:
         report.line(f"failed: {cell}: {error}")
-    report.line(f"results are in {config.results_dir}" + (f"; {len(failed)} cells failed" if failed else ""))
-    return 1 if failed else 0
+    undeployed = _failed_deployments(config, store, [cell for phase in phases for cell in planned.get(phase, [])])
+    for line in undeployed:
+        report.line(line)
+    counts = [(len(failed), "cells failed"), (len(undeployed), "deployments failed")]
+    told = "".join(f"; {count} {what}" for count, what in counts if count)
+    report.line(f"results are in {config.results_dir}{told}")
+    return 1 if failed or undeployed else 0
+
+
+def _failed_deployments(config: Config, store, cells) -> list[str]:
+    """A line for each engine that could not run a cell's model."""
+    from phases.deploy import is_selected
+
+    return [
+        f"deployment failed: {cell.id}: {row['engine']}: {row['error']}"
+        for cell in cells
+        if is_selected(cell, (*config.deployment.cells, *config.deployment.export))
+        and (record := store.record(cell.id)) is not None
+        for row in record["extra"].get("deployment", [])
+        if row["status"] == "failed" and row["engine"] in config.deployment.engines
+    ]
 
 
 def _refresh(config: Config, store, planned: dict, report) -> None:
@@ -127,17 +150,33 @@ def _check_models(config: Config) -> None:
                 patch_size_for(config.dataset(dataset).image_size)
 
 
+def _check_engines(config: Config) -> None:
+    """ConfigError for an engine that is wanted and not installed."""
+    from engines import EngineError, check_installed
+
+    for engine in config.deployment.engines if config.deployment.cells else ():
+        try:
+            check_installed(engine)
+        except EngineError as error:
+            raise ConfigError(f"deployment.engines: {error}, or leave it out") from None
+
+
 def _dry_run(config: Config, store, phases: Sequence[str]) -> int:
+    from phases.deploy import is_complete
     from phases.plan import plan
 
     for phase, cells in plan(config).items():
         if phase not in phases:
             continue
-        done = sum(store.is_done(cell.id) for cell in cells)
+        complete = {cell.id: is_complete(cell, config, store) for cell in cells}
+        done = sum(complete.values())
         print(f"{phase}: {len(cells)} cells, {done} done, {len(cells) - done} to do")
         for cell in cells:
             record = store.record(cell.id)
-            print(f"  {'to do' if record is None else record['row']['status']:<7} {cell.id}")
+            status = "to do" if record is None else record["row"]["status"]
+            if status == "done" and not complete[cell.id]:
+                status = "deploy"  # computed; what the config deploys of it is missing
+            print(f"  {status:<7} {cell.id}")
     return 0
 
 

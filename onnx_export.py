@@ -1,8 +1,10 @@
 """ONNX files of float and quantized models: QuantizeLinear / DequantizeLinear, integer weights packed at their width.
 
 PyTorch's exporter writes the graph; the integers are packed afterwards into the narrowest ONNX type that holds them,
-INT2 (opset 25), INT4 (opset 21) or INT8, two or four values a byte. Widths between go into the next wider type. The
-file holds nothing of the program that wrote it: numpy and onnxruntime are enough to run it.
+INT2 (opset 25), INT4 (opset 21) or INT8, four, two or one to a byte. Widths between go into the next wider type. INT2
+and INT4 are cast to INT8 before they are dequantized: engines do that once, when they load the file, and then run their
+INT8 kernels, which they do not do for a DequantizeLinear of the narrow types. The file holds nothing of the program
+that wrote it: numpy and onnxruntime are enough to run it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 import onnx
 import onnx.version_converter
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from torch import nn
 
 from evaluation import eval_mode
@@ -130,17 +132,25 @@ def _export(network: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
 
 
 def _pack_weights(proto: onnx.ModelProto, layers: Mapping[str, IntegerLayer]) -> None:
-    """Give each integer weight the narrowest type that holds its width."""
+    """Give each integer weight the narrowest type that holds its width, with a cast to INT8 behind the narrow ones."""
     bits = {f"{path}.weight_integer": layer.bits for path, layer in layers.items() if layer.bits <= MAX_BITS}
-    found = set()
+    found, casts = set(), []
     for place, tensor in enumerate(proto.graph.initializer):
         if tensor.name not in bits:
             continue
         found.add(tensor.name)
-        packed_type = PACKED_TYPES[type_bits(bits[tensor.name])]
+        width = type_bits(bits[tensor.name])
         integers = numpy_helper.to_array(tensor)
-        packed = numpy_helper.from_array(integers.astype(packed_type), tensor.name)
+        packed = numpy_helper.from_array(integers.astype(PACKED_TYPES[width]), tensor.name)
         proto.graph.initializer[place].CopyFrom(packed)
+        if width < MAX_BITS:
+            casts.append(helper.make_node("Cast", [tensor.name], [f"{tensor.name}_int8"], to=onnx.TensorProto.INT8))
+    cast = {node.input[0]: node.output[0] for node in casts}
+    for node in proto.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = cast.get(name, name)
+    for node in reversed(casts):
+        proto.graph.node.insert(0, node)
     missing = sorted(set(bits) - found)
     if missing:
         raise ExportError(f"{missing[0]}: the exporter did not keep these weights as integers")

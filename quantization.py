@@ -210,7 +210,7 @@ def apply_quantization(
     `train_data`, batches of the same kind with a length (a DataLoader, a list), is what qat trains on;
     `validation_data` chooses its best epoch, without which the last one counts. `progress(what, share done)` is called
     now and then. `options` are keys of the method's config section, such as observer="percentile", rounding="adaround",
-    and the hardware's integer scheme: `backend` "x86", "arm" or "tensorrt", and for x86 CPUs without VNNI `reduce_range`.
+    and the hardware's integer scheme: `backend` "x86", "arm" or "tensorrt"; `reduce_range` for x86 CPUs without VNNI.
 
     What was measured meanwhile is in `reports` of the result: `reconstruction`, `sensitivity`, `widths`, `budgets`,
     `training`. Raises QuantizationError, one line, for an unknown method or option, a width outside 2 to 8, missing or

@@ -85,11 +85,17 @@ class Report:
 
 
 def run_cells(
-    phase: str, cells: Sequence[Cell], compute: Compute, config: Config, store: Store, report: Report
+    phase: str,
+    cells: Sequence[Cell],
+    compute: Compute,
+    config: Config,
+    store: Store,
+    report: Report,
+    is_complete: Callable[[Cell], bool] | None = None,
 ) -> None:
-    """Compute the cells that are not done yet, in order, and write each one as it ends."""
+    """Compute the cells that are not complete yet (None: not done), in order, and write each one as it ends."""
     planned = [cell.id for cell in cells]
-    todo = [cell for cell in cells if not store.is_done(cell.id)]
+    todo = [cell for cell in cells if not (is_complete(cell) if is_complete else store.is_done(cell.id))]
     report.start(phase, len(cells), len(cells) - len(todo))
     written = time.monotonic()
     try:

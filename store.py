@@ -40,17 +40,22 @@ IDENTITY_COLUMNS = (
 )  # fmt: skip
 GROUP_METRIC_COLUMNS = (*METRICS[:3], "worst_group", *METRICS[3:], "groups_left_out")
 COST_COLUMNS = (
-    "size_mb", "compression", "engine", "latency_ms_b1", "latency_ms_b32", "calibration_seconds", "training_seconds",
+    "size_mb", "compression", "engine", "latency_ms_b1", "latency_p95_ms_b1", "latency_ms_b32", "throughput",
+    "calibration_seconds", "training_seconds",
 )  # fmt: skip
+DEPLOYED_COLUMNS = ("agreement", *(f"deployed_{column}" for column in GROUP_METRIC_COLUMNS))  # what the engine predicts
 ROW_COLUMNS = (
     *IDENTITY_COLUMNS,
     *GROUP_METRIC_COLUMNS,
     *(f"{metric}_ci_{end}" for metric in METRICS for end in ("low", "high")),
     *(f"delta_{metric}" for metric in METRICS),
     *COST_COLUMNS,
+    *DEPLOYED_COLUMNS,
     *(f"intersectional_{column}" for column in GROUP_METRIC_COLUMNS if column not in ("accuracy", "balanced_accuracy")),
 )
-TIMING_COLUMNS = ("latency_ms_b1", "latency_ms_b32", "calibration_seconds", "training_seconds")
+TIMING_COLUMNS = (
+    "latency_ms_b1", "latency_p95_ms_b1", "latency_ms_b32", "throughput", "calibration_seconds", "training_seconds",
+)  # fmt: skip
 GROUP_COLUMNS = (
     "cell", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits", "attribute", "group",
     "class", "n", "positives", "base_rate", "accuracy", "accuracy_ci_low", "accuracy_ci_high", "selection_rate",
@@ -109,6 +114,10 @@ class Store:
         return self.root / "checkpoints" / f"{dataset}-{model}-s{seed}.safetensors"
 
     def model_path(self, cell: str) -> Path:
+        return self.root / "models" / f"{cell}.onnx"
+
+    def packed_path(self, cell: str) -> Path:
+        """Where a model's tensors are written to be weighed; nothing stays there."""
         return self.root / "models" / f"{cell}.safetensors"
 
     def results_path(self, phase: str, suffix: str = "csv") -> Path:
@@ -138,7 +147,8 @@ class Store:
         with write_errors(self.root):
             for cell in cells:
                 self.record_path(cell).unlink(missing_ok=True)
-                self.predictions_path(cell).unlink(missing_ok=True)
+                for path in (self.predictions_path(cell), *self.predictions_path(cell).parent.glob(f"{cell}@*.npz")):
+                    path.unlink(missing_ok=True)
                 self.model_path(cell).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------------------ cells
@@ -373,10 +383,16 @@ def _savez_deterministic(file, **arrays: np.ndarray) -> None:
 # ---------------------------------------------------------------------------------------------------------- environment
 
 
+PACKAGES = (
+    "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "scikit-learn", "fairlearn", "aif360", "onnx",
+    "onnxruntime", "openvino", "torchao",
+)  # fmt: skip
+
+
 def environment() -> dict:
     """Versions, hardware and git commit of this run, for environment.json."""
     packages = {}
-    for name in ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "scikit-learn", "fairlearn", "aif360"):
+    for name in PACKAGES:
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

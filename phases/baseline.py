@@ -11,12 +11,13 @@ import torch
 
 from config import Config, Training
 from datasets import BatchLoader, FaceDataset, load_dataset
-from evaluation import latency_ms, predict, write_model
-from models import build_model, checkpoint_matches, save_checkpoint
+from evaluation import predict
+from models import build_model, checkpoint_matches, load_checkpoint, save_checkpoint
+from phases import deploy
 from phases.measure import measure
 from phases.plan import Cell, plan
 from runner import CellResult, Report, run_cells
-from store import Store, StoreError, atomic_path, seed_for
+from store import Store, StoreError, seed_for
 from training import train
 
 
@@ -28,14 +29,20 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
     data = DatasetCache(config)
     _check_fingerprints(cells, store, data, report)
     context = functools.partial(compute, config=config, store=store, device=device, data=data)
-    run_cells("baseline", cells, context, config, store, report)
-    write_training_log(store, [cell.id for block in plan(config).values() for cell in block])
+    run_cells("baseline", cells, context, config, store, report, lambda cell: deploy.is_complete(cell, config, store))
+    everything = [cell.id for block in plan(config).values() for cell in block]
+    write_training_log(store, everything)
+    deploy.write_tables(store, everything)
     return store.read_table("baseline")
 
 
 def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: str, data: DatasetCache) -> CellResult:
-    """One baseline: initialise, train, save the best epoch, predict the test split."""
+    """One baseline: initialise, train, save the best epoch, predict the test split, deploy where that is wanted."""
     dataset = data.load(cell.dataset, report)
+    if store.is_done(cell.id):  # it only lacks a deployment
+        model = load_baseline(cell, dataset, config, store, device)
+        deployed = _deploy(model, cell, dataset, store.predictions(cell.id), config, store, device, report)
+        return deploy.deploy_again(cell, deployed, None, store)
     settings = config.training.for_model(cell.model)
     names = (cell.seed, cell.dataset, cell.model)
     model = build_model(
@@ -73,11 +80,27 @@ def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: st
     save_checkpoint(_checkpoint(store, cell), model, description)
     store.write_predictions(cell.id, predictions)
     measured = measure(cell, predictions, names_of(dataset), config, None)
-    measured.columns |= cost_columns(model, cell, dataset, config, store)
+    deployed = _deploy(model, cell, dataset, predictions, config, store, device, report)
+    measured.columns |= deployed.columns
     measured.columns |= {"compression": 1.0, "training_seconds": result.seconds}
     measured.extra["training_log"] = [{"precision": result.precision, **epoch} for epoch in result.log]
     measured.extra["fingerprint"] = dataset.fingerprint
+    measured.extra |= deployed.extra
     return measured
+
+
+def _deploy(model, cell: Cell, dataset: FaceDataset, predictions, config: Config, store: Store, device: str, report):
+    loader = test_loader(dataset, config, device)
+    return deploy.deploy(model.eval(), cell, dataset, predictions, names_of(dataset), loader, config, store, report)
+
+
+def load_baseline(cell: Cell, dataset: FaceDataset, config: Config, store: Store, device: str) -> torch.nn.Module:
+    """The trained model of a baseline cell, in eval mode; CheckpointError where the checkpoint is not its."""
+    n_classes = len(dataset.class_names)
+    model = build_model(cell.model, n_classes, dataset.image_size, options=config.models.options.get(cell.model))
+    expected = {"model": cell.model, "n_classes": n_classes, "cell": cell.id}
+    load_checkpoint(store.checkpoint_path(cell.dataset, cell.model, cell.seed), model, expected)
+    return model.to(device=device, memory_format=torch.channels_last).eval()
 
 
 def training_loader(dataset: FaceDataset, settings: Training, device: str, names: tuple) -> BatchLoader:
@@ -139,25 +162,6 @@ def names_of(dataset: FaceDataset) -> dict[str, Any]:
 
 def test_loader(dataset: FaceDataset, config: Config, device: str) -> BatchLoader:
     return BatchLoader(dataset.splits["test"], config.run.evaluation_batch_size, device=device, channels_last=True)
-
-
-def cost_columns(model, cell: Cell, dataset: FaceDataset, config: Config, store: Store) -> dict[str, Any]:
-    """engine, size_mb of the file that is written, and latencies where the config wants them."""
-    path = store.model_path(cell.id)
-    if config.deployment.keep_models and cell.phase != "baseline":
-        with atomic_path(path) as temporary:
-            size = write_model(model, temporary)
-    else:
-        with atomic_path(path) as temporary:
-            size = write_model(model, temporary)
-        path.unlink()
-    columns: dict[str, Any] = {"engine": "torch", "size_mb": size}
-    if config.deployment.latency:
-        generator = torch.Generator().manual_seed(0)
-        for batch in (1, 32):
-            example = torch.randn(batch, 3, dataset.image_size, dataset.image_size, generator=generator)
-            columns[f"latency_ms_b{batch}"] = latency_ms(model, example, config.deployment.latency_repeats)
-    return columns
 
 
 def _checkpoint(store: Store, cell: Cell):

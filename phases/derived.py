@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from config import QAT, Config, Training
 from datasets import BatchLoader, FaceDataset, calibration_subset
 from evaluation import predict
-from models import build_model, checkpoint_description, checkpoint_matches, load_checkpoint
+from models import checkpoint_description, checkpoint_matches
+from phases import deploy
 from phases.baseline import (
     DatasetCache,
-    cost_columns,
+    load_baseline,
     names_of,
     test_loader,
     training_loader,
@@ -35,17 +36,23 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     """Compute the cells of `phase` that are not done yet; returns its rows."""
     planned = plan(config)
     cells = planned[phase]
-    _check_baselines([cell for cell in planned["baseline"] if _is_needed(cell, cells, store)], store)
+
+    def is_complete(cell: Cell) -> bool:
+        return deploy.is_complete(cell, config, store)
+
+    needed = {cell.baseline_cell for cell in cells if not is_complete(cell)}
+    _check_baselines([cell for cell in planned["baseline"] if cell.id in needed], store)
     inputs = Inputs(config, store, device)
-    run_cells(phase, cells, functools.partial(compute, inputs=inputs), config, store, report)
+    run_cells(phase, cells, functools.partial(compute, inputs=inputs), config, store, report, is_complete)
     everything = [cell.id for block in planned.values() for cell in block]
     write_training_log(store, everything)
+    deploy.write_tables(store, everything)
     store.write_extra_table("layer_sensitivity", "sensitivity", SENSITIVITY_COLUMNS, everything)
     return store.read_table(phase)
 
 
 def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
-    """Quantize the baseline's model as the cell says, predict the test split, and measure."""
+    """Quantize the baseline's model as the cell says, predict the test split, measure, deploy where that is wanted."""
     config, store = inputs.config, inputs.store
     baseline_row = inputs.baseline_row(cell)
     dataset = inputs.datasets.load(cell.dataset, report)
@@ -80,11 +87,18 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     )
     seconds = time.perf_counter() - start
     report.progress("predicting", 0.9)
-    predictions = predict(quantized, test_loader(dataset, config, inputs.device), inputs.device)
+    loader, names = test_loader(dataset, config, inputs.device), names_of(dataset)
+    if store.is_done(cell.id):  # it only lacks a deployment
+        saved = store.predictions(cell.id)
+        deployed = deploy.deploy(quantized, cell, dataset, saved, names, loader, config, store, report)
+        return deploy.deploy_again(cell, deployed, baseline_row, store)
+    predictions = predict(quantized, loader, inputs.device)
     store.write_predictions(cell.id, predictions)
-    measured = measure(cell, predictions, names_of(dataset), config, baseline_row)
-    measured.columns |= cost_columns(quantized, cell, dataset, config, store)
-    measured.columns["compression"] = baseline_row["size_mb"] / measured.columns["size_mb"]
+    measured = measure(cell, predictions, names, config, baseline_row)
+    deployed = deploy.deploy(quantized, cell, dataset, predictions, names, loader, config, store, report)
+    measured.columns |= deployed.columns
+    measured.columns["compression"] = deploy.compression(measured.columns["size_mb"], baseline_row)
+    measured.extra |= deployed.extra
     training = quantized.reports.get("training")
     if training is not None:
         measured.columns["training_seconds"] = training["seconds"]
@@ -174,18 +188,11 @@ class Inputs:
                 f"{path}: trained on other data than {cell.dataset} has now (labels, splits or images changed); "
                 "put the data back, use another results_dir, or start again with --fresh"
             )
-        n_classes = len(dataset.class_names)
-        model = build_model(
-            cell.model, n_classes, dataset.image_size, options=self.config.models.options.get(cell.model)
+        model = load_baseline(
+            dataclasses.replace(cell, id=cell.baseline_cell), dataset, self.config, self.store, self.device
         )
-        load_checkpoint(path, model, {"model": cell.model, "n_classes": n_classes, "cell": cell.baseline_cell})
-        model = model.to(device=self.device, memory_format=torch.channels_last).eval()
         self.loaded = (cell.baseline_cell, model)
-        return self.loaded[1]
-
-
-def _is_needed(baseline: Cell, cells: list[Cell], store: Store) -> bool:
-    return any(cell.baseline_cell == baseline.id and not store.is_done(cell.id) for cell in cells)
+        return model
 
 
 def _check_baselines(baselines: list[Cell], store: Store) -> None:

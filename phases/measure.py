@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,10 +32,8 @@ def measure(cell: Cell, predictions, names: dict[str, Any], config: Config, base
     the delta_ columns are against (None for a baseline).
     """
     settings = metric_settings(config, cell.dataset)
-    sensitive = {name: predictions.sensitive[name] for name in names["sensitive"]}
     attribute = settings["attribute"]
-    groupings = {name: (codes, list(names["sensitive"][name])) for name, codes in sensitive.items()}
-    groupings[INTERSECTION] = intersect(sensitive, names["sensitive"])
+    groupings = _groupings(predictions.sensitive, names)
     measured = {
         name: metrics_of_predictions(
             predictions.y_true,
@@ -72,6 +70,64 @@ def measure(cell: Cell, predictions, names: dict[str, Any], config: Config, base
     return CellResult(columns, groups, extra)
 
 
+class Predicted(Protocol):
+    """Predictions, fresh or saved: (N,) arrays."""
+
+    y_true: np.ndarray
+    y_pred: np.ndarray
+    sensitive: dict[str, np.ndarray]
+
+
+def measure_deployed(
+    cell: Cell, deployed: Predicted, simulated: Predicted, names: dict[str, Any], config: Config
+) -> tuple[dict[str, Any], list[dict]]:
+    """What an engine's predictions of the test split are worth beside the simulation's: `agreement`, the share of
+    images of the same class, and the metrics of the configured attribute as deployed_<metric>; a row for each group."""
+    if not np.array_equal(deployed.y_true, simulated.y_true):
+        raise AssertionError(f"{cell.id}: the engine was run on other images than the simulation")
+    settings = metric_settings(config, cell.dataset)
+    same = deployed.y_pred == simulated.y_pred
+    columns: dict[str, Any] = {"agreement": float(same.mean())}
+    rows = []
+    for attribute, (codes, group_names) in _groupings(deployed.sensitive, names).items():
+        of_engine, of_simulation = (
+            metrics_of_predictions(
+                each.y_true,
+                each.y_pred,
+                codes,
+                group_names,
+                names["classes"],
+                min_group_size=settings["min_group_size"],
+            )
+            for each in (deployed, simulated)
+        )
+        if attribute == settings["attribute"]:
+            columns |= {f"deployed_{column}": of_engine[column] for column in GROUP_METRIC_COLUMNS}
+        agreements = {name: same[codes == code] for code, name in enumerate(group_names)}
+        for mine, other in zip(of_engine["groups"], of_simulation["groups"], strict=True):
+            agreement = agreements[mine["group"]]
+            rows.append(
+                {
+                    "attribute": attribute,
+                    "group": mine["group"],
+                    "n": mine["n"],
+                    "agreement": float(agreement.mean()) if len(agreement) else None,
+                    "accuracy": other["accuracy"],
+                    "deployed_accuracy": mine["accuracy"],
+                    "selection_rate": other["selection_rate"],
+                    "deployed_selection_rate": mine["selection_rate"],
+                }
+            )
+    return columns, rows
+
+
+def _groupings(sensitive: dict[str, np.ndarray], names: dict[str, Any]) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """(codes, names) of each attribute and of their intersection."""
+    kept = {name: sensitive[name] for name in names["sensitive"]}
+    groupings = {name: (codes, list(names["sensitive"][name])) for name, codes in kept.items()}
+    return groupings | {INTERSECTION: intersect(kept, names["sensitive"])}
+
+
 def refresh_metrics(cells: list[Cell], config: Config, store: Store) -> int:
     """Derive again, from saved predictions, the rows that were made with other metric settings; how many there were."""
     refreshed = 0
@@ -88,7 +144,9 @@ def refresh_metrics(cells: list[Cell], config: Config, store: Store) -> int:
                     f"{store.record_path(cell.baseline_cell)}: missing; make it with python main.py --phase baseline"
                 )
             baseline_row = store.record(cell.baseline_cell)["row"]
-        result = measure(cell, store.predictions(cell.id), record["extra"]["names"], config, baseline_row)
+        predictions, names = store.predictions(cell.id), record["extra"]["names"]
+        result = measure(cell, predictions, names, config, baseline_row)
+        _refresh_deployed(cell, predictions, names, record, result, config, store)
         identity = {key: record["groups"][0][key] for key in record["groups"][0] if key not in result.groups[0]}
         store.write_cell(
             record["row"] | result.columns,
@@ -97,6 +155,23 @@ def refresh_metrics(cells: list[Cell], config: Config, store: Store) -> int:
         )
         refreshed += 1
     return refreshed
+
+
+def _refresh_deployed(
+    cell: Cell, predictions: Predicted, names: dict, record: dict, result: CellResult, config: Config, store: Store
+) -> None:
+    """Derive the deployed metrics again too, of every engine, and those of the row."""
+    rows, groups = [], []
+    for row in record["extra"].get("deployment", []):
+        if row["status"] == "done":
+            deployed = store.predictions(f"{cell.id}@{row['engine']}")
+            columns, of_groups = measure_deployed(cell, deployed, predictions, names, config)
+            row = row | columns
+            groups += [{"engine": row["engine"], **group} for group in of_groups]
+            if row["engine"] == record["row"]["engine"]:
+                result.columns |= columns
+        rows.append(row)
+    result.extra |= {"deployment": rows, "deployment_groups": groups}
 
 
 def _difference(value: float | None, reference: float | None) -> float:

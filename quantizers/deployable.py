@@ -103,7 +103,7 @@ class StaticPair(nn.Module):
         self.parameters_as_numbers = (float(self.scale), zero_point)
         self.register_buffer("zero_point", torch.tensor(zero_point).to(self.dtype))
         self.clip: tuple[float, float] | None = None
-        if quantizer.bits not in (MAX_BITS, HALF_BITS):
+        if quantizer.bits not in (MAX_BITS, HALF_BITS) and not getattr(quantizer, "is_repeated", False):
             low, high = (qmin - zero_point) * self.scale, (qmax - zero_point) * self.scale
             self.clip = (float(low), float(high))
 
@@ -191,12 +191,15 @@ def _push(network: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module])
     if len(source.users) != 1 or not source.args or not _runs_on_integers(source, modules):
         return
     for operand in _operands(source):
-        if operand.op == "call_module" and modules.get(operand.target) is quantizer:
-            continue
         with network.graph.inserting_before(source):
             inserted = network.graph.call_module(node.target, (operand,))
         source.replace_input_with(operand, inserted)
         _push(network, inserted, modules)
+    again = copy.copy(quantizer)  # what it reads is on its grid already: nothing is left to clip
+    again.is_repeated = True
+    node.target = f"{node.target}_repeated"
+    network.add_submodule(node.target, again)
+    modules[node.target] = again
 
 
 def _runs_on_integers(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

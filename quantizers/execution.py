@@ -88,7 +88,8 @@ class Segment:
 
 def segments(model: QuantizedModel) -> list[Segment]:
     """The network cut wherever one activation alone is alive and a quantizer reads it, or it is the sum that ends a
-    residual block: blocks stay whole, as in BRECQ (Li et al., ICLR 2021), what lies between is cut layer by layer. The whole of it, in program order."""
+    residual block: blocks stay whole, as in BRECQ (Li et al., ICLR 2021), what lies between is cut layer by layer. The
+    whole of it, in program order."""
     network = model.network
     nodes = list(network.graph.nodes)
     modules = dict(network.named_modules())

@@ -59,7 +59,7 @@ class Recipe:
         return backend.is_symmetric or self.activation_scheme == "symmetric"
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
+        if not isinstance(self.backend, str) or self.backend not in BACKENDS:
             raise QuantizationError(f"unknown backend {self.backend!r}; choose from {', '.join(BACKENDS)}")
         if self.reduce_range and self.backend != "x86":
             raise QuantizationError(f"reduce_range is for x86 CPUs without VNNI; it does not apply to {self.backend}")

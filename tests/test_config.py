@@ -83,11 +83,14 @@ def test_file_then_overrides_in_order(tmp_path):
 
 def test_a_scalar_stands_for_a_list_of_one(tmp_path):
     text = "data: {dataset: fairface}\nrun: {seeds: 3}\nquantization: {bit_widths: 4, methods: dynamic}"
-    config = load(tmp_path, text, "models.architectures=resnet50", "quantization.ptq_static.observer=entropy")
+    sets = ("quantization.backend=arm", "deployment.engines=openvino", "deployment.export=vit*:qat")
+    config = load(tmp_path, text, "models.architectures=resnet50", "quantization.ptq_static.observer=entropy", *sets)
     assert config.data.dataset == ["fairface"]
     assert config.run.seeds == [3]
     assert (config.quantization.bit_widths, config.quantization.methods) == ([4], ["dynamic"])
     assert (config.models.architectures, config.quantization.ptq_static.observer) == (["resnet50"], ["entropy"])
+    assert (config.quantization.backend, config.deployment.engines) == (["arm"], ["openvino"])
+    assert config.deployment.export == ["vit*:qat"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,10 @@ REFUSALS = [  # (YAML, the message after the file's name)
         "quantization: {methods: [dynamic, {method: ptq_static, observr: mse}]}",
         "quantization.methods[1].observr: unknown key (did you mean observer?)",
     ),
-    ("deployment: {qqq: 1}", "deployment.qqq: unknown key; choose from keep_models, latency, latency_repeats"),
+    (
+        "deployment: {qqq: 1}",
+        "deployment.qqq: unknown key; choose from cells, export, engines, provider, float_precision, latency,",
+    ),
     ("training: {epochs: 0}", "training.epochs: input should be greater than 0, got 0"),
     ("training: {epochs: two}", "training.epochs: input should be a valid integer, got 'two'"),
     ("training: {epochs: 2.5}", "training.epochs: input should be a valid integer, got 2.5"),
@@ -208,10 +214,42 @@ REFUSALS = [  # (YAML, the message after the file's name)
         "quantization: {ptq_static: {first_last_bits: 1}}",
         "quantization.ptq_static.first_last_bits: input should be greater than or equal to 2",
     ),
+    ("quantization: {backend: [x86, am]}", "quantization.backend[1]: unknown value 'am' (did you mean arm?)"),
+    ("quantization: {backend: tensort}", "quantization.backend[0]: unknown value 'tensort' (did you mean tensorrt?)"),
+    ("quantization: {backend: gpu}", "quantization.backend[0]: unknown value 'gpu'; choose from x86, arm, tensorrt"),
+    ("quantization: {backend: [arm, x86, arm]}", "quantization.backend: 'arm' is there twice"),
+    ("quantization: {backend: []}", "quantization.backend: list should have at least 1 item"),
+    (
+        "quantization: {backend: [arm, tensorrt], reduce_range: true}",
+        "quantization.reduce_range: for x86 CPUs; it does nothing with backend arm, tensorrt",
+    ),
+    ("quantization: {reduce_range: 1}", "quantization.reduce_range: input should be a valid boolean, got 1"),
+    (
+        "quantization: {backend: tensorrt, qat: {activation_scheme: affine}}",
+        "quantization.qat.activation_scheme: affine needs zero points, which backend tensorrt has not; leave it out",
+    ),
+    (
+        "quantization: {backend: [x86, tensorrt], methods: [ptq_static, {method: qat, activation_scheme: affine}]}",
+        "quantization.methods[1].activation_scheme: affine needs zero points, which backend tensorrt has not; leave it",
+    ),
+    ("quantization: {methods: [{method: qat, backend: arm}]}", "quantization.methods[0].backend: unknown key"),
     (
         "mitigation: {strategies: bias_aware_calibratio}",
         "mitigation.strategies: unknown strategy 'bias_aware_calibratio' (did you mean bias_aware_calibration?)",
     ),
+    (
+        'deployment: {cells: "a:b:c:d"}',
+        "deployment.cells: pattern 'a:b:c:d': expected MODEL:METHOD:BITS, such as *:ptq_static:W8A8",
+    ),
+    ('deployment: {cells: ["*", ""]}', "deployment.cells: pattern '': expected MODEL:METHOD:BITS, such as"),
+    ('deployment: {export: ":x"}', "deployment.export: pattern ':x': expected MODEL:METHOD:BITS, such as"),
+    ('deployment: {export: ["a::W8A8"]}', "deployment.export: pattern 'a::W8A8': expected MODEL:METHOD:BITS, such as"),
+    ("deployment: {cells: [5]}", "deployment.cells[0]: input should be a valid string, got 5"),
+    ("deployment: {engines: openvin}", "deployment.engines[0]: unknown value 'openvin' (did you mean openvino?)"),
+    ("deployment: {engines: [openvino, openvino]}", "deployment.engines: 'openvino' is there twice"),
+    ("deployment: {engines: []}", "deployment.engines: list should have at least 1 item"),
+    ("deployment: {provider: cud}", "deployment.provider: unknown value 'cud' (did you mean cuda?)"),
+    ("deployment: {float_precision: bf15}", "deployment.float_precision: unknown value 'bf15' (did you mean bf16?)"),
     ("training:", "training: input should be a valid dictionary"),
     ("1: 2", "[1]: keys should be strings"),
 ]
@@ -405,3 +443,18 @@ def test_combinations_that_make_sense_are_not(tmp_path):
     methods = "[{method: ptq_static, reconstruction_iterations: 9}]"
     text = f"quantization: {{ptq_static: {{rounding: adaround}}, methods: {methods}}}"
     assert load(tmp_path, text).quantization.ptq_static.rounding == "adaround"
+
+
+def test_schemes_that_a_backend_has_are_not(tmp_path):
+    for quantization in (
+        "{backend: [arm, x86], reduce_range: true}",
+        "{backend: [x86, arm], ptq_static: {activation_scheme: affine}}",
+        "{backend: [tensorrt, arm], ptq_static: {activation_scheme: symmetric}}",
+        "{backend: tensorrt, methods: [{method: qat, activation_scheme: symmetric}]}",
+    ):
+        assert load(tmp_path, f"quantization: {quantization}") != Config()
+
+
+def test_deployment_may_be_of_no_cell_or_of_any(tmp_path):
+    deployment = load(tmp_path, 'deployment: {cells: [], export: ["*", "*:*", "*:*:*", "vit*:q?t:W[48]A8"]}').deployment
+    assert deployment.cells == [] and len(deployment.export) == 4

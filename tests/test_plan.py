@@ -92,6 +92,9 @@ def test_what_changes_the_training_changes_every_id(change):
         "analysis.attribute=skin",
         "analysis.bootstrap_replicates=500",
         "deployment.latency=false",
+        "deployment.cells=[]",
+        "deployment.export=['*']",
+        "deployment.engines=[openvino, inductor]",
         "results_dir=elsewhere",
         "run.evaluation_batch_size=7",
     ],
@@ -143,3 +146,67 @@ def test_an_entry_may_be_for_some_architectures_only():
         ("mobilenet_v2", "qat"),
     ]
     assert "architectures" not in cells["quantization"][-1].options
+
+
+# ------------------------------------------------------------------------------------------------------------- backends
+
+SMALL = (
+    "models.architectures=resnet50",
+    "quantization.bit_widths=[8, W4A8]",
+    "quantization.methods=[ptq_static, {method: ptq_dynamic, bit_widths: 8}, QAT_INT4, mixed_precision]",
+)
+
+
+def of_backend(cells, backend: str):
+    return [cell for cell in cells if cell.options.get("backend", "x86") == backend]
+
+
+@pytest.mark.parametrize("phase", ["quantization", "mitigation"])
+def test_a_swept_backend_gives_a_cell_a_backend(phase):
+    """The cells of arm and tensorrt are those of x86 but for the option and the id; of x86 nothing says which it is."""
+    x86 = planned(*SMALL)[phase]
+    swept = planned(*SMALL, "quantization.backend=[x86, arm, tensorrt]")[phase]
+    assert len(x86) == {"quantization": 2 + 1 + 1 + 2, "mitigation": 2}[phase]
+    assert len(swept) == 3 * len(x86) == len(set(ids(swept)))
+    assert all("backend" not in cell.options for cell in x86) and ids(of_backend(swept, "x86")) == ids(x86)
+    for backend in ("arm", "tensorrt"):
+        cells = of_backend(swept, backend)
+        assert all(f"-{backend}-" in cell.id for cell in cells)
+        assert ids(planned(*SMALL, f"quantization.backend={backend}")[phase]) == ids(cells)
+        for plain, cell in zip(x86, cells, strict=True):
+            assert cell.options == plain.options | {"backend": backend}
+            assert (cell.method, cell.strategy, cell.weight_bits, cell.activation_bits, cell.baseline_cell) == (
+                plain.method,
+                plain.strategy,
+                plain.weight_bits,
+                plain.activation_bits,
+                plain.baseline_cell,
+            )
+
+
+@pytest.mark.parametrize("phase", ["quantization", "mitigation"])
+def test_only_x86_has_a_reduced_range(phase):
+    plain = planned(*SMALL, "quantization.backend=[x86, arm]")[phase]
+    reduced = planned(*SMALL, "quantization.backend=[x86, arm]", "quantization.reduce_range=true")[phase]
+    assert ids(of_backend(reduced, "arm")) == ids(of_backend(plain, "arm"))
+    assert not set(ids(of_backend(reduced, "x86"))) & set(ids(plain))
+    for cell in reduced:
+        assert cell.options.get("reduce_range", False) is ("backend" not in cell.options)
+        assert ("reduce_range" in cell.id) is ("backend" not in cell.options)
+
+
+def test_what_a_backend_does_anyway_is_not_part_of_a_cell():
+    """tensorrt is symmetric whether it is said or not; of the others affine is what they are."""
+    for backend, scheme in (("tensorrt", "symmetric"), ("arm", "affine"), ("x86", "affine")):
+        sets = (*SMALL, f"quantization.backend={backend}")
+        said = f"quantization.ptq_static.activation_scheme={scheme}"
+        one, other = planned(*sets), planned(*sets, said)
+        assert {phase: ids(cells) for phase, cells in one.items()} == {
+            phase: ids(cells) for phase, cells in other.items()
+        }
+    swept = planned(
+        *SMALL, "quantization.backend=[arm, tensorrt]", "quantization.ptq_static.activation_scheme=symmetric"
+    )
+    for cell in swept["quantization"] + swept["mitigation"]:
+        is_said = cell.method == "ptq_static" and cell.options["backend"] == "arm"
+        assert cell.options.get("activation_scheme") == ("symmetric" if is_said else None)

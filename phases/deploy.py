@@ -1,0 +1,273 @@
+"""Deploying a cell's model: its ONNX file, what engines make of it on the test split, and what it costs.
+
+Which cells are exported, and which are run, is the config's choice (`deployment`), and not part of a cell's identity:
+a finished cell that a later config selects is made again from its checkpoint, deployed, and keeps its results.
+Latencies are recorded and decide nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from batches import MEAN, STD
+from config import Config, parse_width
+from datasets import FaceDataset
+from deployment import DeploymentError, Export, export_onnx, load_engine
+from engines import EngineError
+from evaluation import EvaluationError, Latency, latency, predict, write_model
+from phases.measure import Predicted, measure_deployed
+from phases.plan import Cell
+from runner import CellResult
+from store import Store, atomic_path
+
+FP32 = "FP32"
+BATCHES = (1, 32)  # of the latencies
+SINGLES = 4  # passes of one image for each pass of a batch
+DEPLOYMENT_COLUMNS = (
+    "engine", "provider", "status", "error", "weight_types", "size_mb", "agreement", "latency_ms_b1",
+    "latency_p95_ms_b1", "latency_ms_b32", "throughput",
+)  # fmt: skip
+
+
+def is_selected(cell: Cell, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns MODEL:METHOD:BITS names the cell."""
+    method = cell.strategy or cell.method
+    bits = FP32 if cell.weight_bits is None else f"W{cell.weight_bits}A{cell.activation_bits}"
+    for pattern in patterns:
+        model_pattern, method_pattern, bits_pattern = (*pattern.split(":"), "*", "*")[:3]
+        if bits_pattern.isdigit():  # 8 means W8A8, as in bit_widths
+            bits_pattern = "W{}A{}".format(*parse_width(int(bits_pattern)))
+        if (
+            fnmatch.fnmatchcase(cell.model, model_pattern)
+            and fnmatch.fnmatchcase(method, method_pattern)
+            and fnmatch.fnmatchcase(bits, bits_pattern)
+        ):
+            return True
+    return False
+
+
+def is_complete(cell: Cell, config: Config, store: Store) -> bool:
+    """Whether the cell is done and deployed as the config wants it."""
+    if not store.is_done(cell.id):
+        return False
+    if is_selected(cell, config.deployment.export) and not store.model_path(cell.id).exists():
+        return False
+    if not is_selected(cell, config.deployment.cells):
+        return True
+    record = store.record(cell.id)
+    done = {row["engine"] for row in record["extra"].get("deployment", []) if row["status"] == "done"}
+    return (
+        done.issuperset(config.deployment.engines)
+        and record["row"]["engine"] == config.deployment.engines[0]
+        and record["extra"].get("deployment_settings") == _settings(config)
+    )
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """What an engine's predictions depend on beside the model."""
+    return {"provider": config.deployment.provider, "float_precision": config.deployment.float_precision}
+
+
+def unmatched_patterns(config: Config, cells: Iterable[Cell]) -> list[str]:
+    """Lines about patterns of the config that select nothing."""
+    cells, deployment = list(cells), config.deployment
+    return [
+        f"deployment.{key}: {pattern!r} selects no cell of this config"
+        for key, patterns in (("cells", deployment.cells), ("export", deployment.export))
+        for pattern in patterns
+        if pattern not in type(deployment).model_fields[key].default
+        and not any(is_selected(cell, [pattern]) for cell in cells)
+    ]
+
+
+def deploy(
+    model: nn.Module,
+    cell: Cell,
+    dataset: FaceDataset,
+    predictions: Predicted,
+    names: dict[str, Any],
+    loader: Iterable,
+    config: Config,
+    store: Store,
+    report: Any,
+) -> CellResult:
+    """The cost columns of a cell, and for the cells that the config selects its file and what engines make of it.
+
+    `predictions` are the simulation's on `loader`, the test split. What fails is a row of its own with the error, and
+    leaves the cell's results as they are.
+    """
+    example = torch.zeros(1, 3, dataset.image_size, dataset.image_size)
+    rows: list[dict] = []
+    groups: list[dict] = []
+    if is_selected(cell, (*config.deployment.cells, *config.deployment.export)):
+        report.progress("exporting", 0.95)
+        with _model_place(cell, config, store) as path:
+            try:
+                exported = export_onnx(
+                    model,
+                    path,
+                    example,
+                    class_names=names["classes"],
+                    mean=MEAN,
+                    std=STD,
+                    cell=cell.id,
+                    config={**cell.identity(), "options": dict(cell.options), "target": dataset.target},
+                )
+            except DeploymentError as error:
+                rows = [_failed(engine, error) for engine in config.deployment.engines]
+            else:
+                if is_selected(cell, config.deployment.cells):
+                    for engine in config.deployment.engines:
+                        report.progress(f"running {engine}", 0.97)
+                        row, of_groups = _run(
+                            engine, exported, model, cell, example, predictions, names, loader, config, store
+                        )
+                        rows.append(row)
+                        groups += of_groups
+    columns = _simulation_costs(model, cell, example, config, store)
+    first = next((row for row in rows if row["status"] == "done"), None)
+    if first is not None:
+        columns |= {key: value for key, value in first.items() if key in ROW_COLUMNS or key.startswith("deployed_")}
+    extra = {"deployment": rows, "deployment_groups": groups, "deployment_settings": _settings(config)}
+    return CellResult(columns, [], extra)
+
+
+def deploy_again(cell: Cell, deployed: CellResult, baseline_row: dict | None, store: Store) -> CellResult:
+    """A finished cell's result with another deployment."""
+    record = store.record(cell.id)
+    identity = {*cell.identity(), "status", "error"}
+    columns = {key: value for key, value in record["row"].items() if key not in identity} | deployed.columns
+    columns["compression"] = compression(columns["size_mb"], baseline_row)
+    groups = [{key: value for key, value in group.items() if key not in identity} for group in record["groups"]]
+    return CellResult(columns, groups, record["extra"] | deployed.extra)
+
+
+def compression(size_mb: float, baseline_row: dict | None) -> float:
+    """How many times smaller the file is than the FP32 model's."""
+    return 1.0 if baseline_row is None else baseline_row["size_mb"] / size_mb
+
+
+def write_tables(store: Store, planned: list[str]) -> None:
+    metrics = sorted(
+        {
+            key
+            for record in store.records().values()
+            for row in record["extra"].get("deployment", [])
+            for key in row
+            if key.startswith("deployed_")
+        }
+    )
+    store.write_extra_table("deployment_results", "deployment", [*DEPLOYMENT_COLUMNS, *metrics], planned)
+    store.write_extra_table("deployment_groups", "deployment_groups", GROUP_COLUMNS, planned)
+
+
+ROW_COLUMNS = (
+    "engine", "size_mb", "agreement", "latency_ms_b1", "latency_p95_ms_b1", "latency_ms_b32", "throughput",
+)  # fmt: skip
+GROUP_COLUMNS = (
+    "engine", "attribute", "group", "n", "agreement", "accuracy", "deployed_accuracy", "selection_rate",
+    "deployed_selection_rate",
+)  # fmt: skip
+
+
+def _run(
+    name: str,
+    exported: Export,
+    model: nn.Module,
+    cell: Cell,
+    example: torch.Tensor,
+    predictions: Predicted,
+    names: dict[str, Any],
+    loader: Iterable,
+    config: Config,
+    store: Store,
+) -> tuple[dict, list[dict]]:
+    """(row, group rows) of one engine."""
+    settings = config.deployment
+    try:
+        engine = load_engine(
+            exported.path if name in ("onnxruntime", "openvino") else model,
+            name,
+            threads=config.run.threads_per_cell,
+            provider=settings.provider,
+            float_precision=settings.float_precision,
+        )
+        deployed = predict(engine, loader, "cpu")
+        costs = {"size_mb": exported.size_mb, **_latencies(engine.latency, example, config)}
+    except (DeploymentError, EngineError, EvaluationError) as error:
+        return _failed(name, error), []
+    store.write_predictions(deployed_name(cell.id, name), deployed)
+    columns, groups = measure_deployed(cell, deployed, predictions, names, config)
+    row = {
+        "engine": name,
+        "provider": engine.provider,
+        "status": "done",
+        "error": None,
+        "weight_types": exported.weight_types(),
+        **costs,
+        **columns,
+    }
+    return row, [{"engine": name, **group} for group in groups]
+
+
+def deployed_name(cell: str, engine: str) -> str:
+    """Under which an engine's predictions are saved."""
+    return f"{cell}@{engine}"
+
+
+def _failed(engine: str, error: Exception) -> dict:
+    return {"engine": engine, "status": "failed", "error": " ".join(str(error).split())}
+
+
+@contextlib.contextmanager
+def _model_place(cell: Cell, config: Config, store: Store) -> Iterator[Path]:
+    """Where the cell's file goes: models/<cell>.onnx where the config keeps it, else a folder that is removed."""
+    if is_selected(cell, config.deployment.export):
+        yield store.model_path(cell.id)
+        return
+    with tempfile.TemporaryDirectory(prefix="deployment-") as folder:
+        yield Path(folder) / "model.onnx"
+
+
+def _simulation_costs(
+    model: nn.Module, cell: Cell, example: torch.Tensor, config: Config, store: Store
+) -> dict[str, Any]:
+    """engine, size_mb of the packed tensors' file, and latencies of the simulation."""
+    path = store.packed_path(cell.id)
+    with atomic_path(path) as temporary:
+        size = write_model(model, temporary)
+    path.unlink()
+
+    def measured(images, repeats: int) -> Latency:
+        return latency(model, torch.from_numpy(images), repeats)
+
+    return {"engine": "torch", "size_mb": size, "agreement": None, **_latencies(measured, example, config)}
+
+
+def _latencies(measure, example: torch.Tensor, config: Config) -> dict[str, float]:
+    """`measure(x_NCHW, repeats) -> Latency` on one image and on a batch."""
+    if not config.deployment.latency:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    repeats = config.deployment.latency_repeats
+    one, many = (
+        measure(
+            torch.randn(batch, *example.shape[1:], generator=generator).numpy(),
+            repeats * (SINGLES if batch == 1 else 1),
+        )
+        for batch in BATCHES
+    )
+    return {
+        "latency_ms_b1": one.median_ms,
+        "latency_p95_ms_b1": one.p95_ms,
+        "latency_ms_b32": many.median_ms,
+        "throughput": many.throughput,
+    }
