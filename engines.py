@@ -175,8 +175,9 @@ class OpenVinoEngine:
 
 
 def for_openvino(model: bytes) -> bytes:
-    """The same ONNX model as OpenVINO can read it: INT2 weights as INT8, the same values; activations of 16 bits, for
-    which it has no kernels and forgets even the clipping, in float, clipped."""
+    """The same ONNX model as OpenVINO reads it best: INT2 weights as INT8, which are the same values; the clipping of
+    integers before their quantization, in float, where it is fused; activations of 16 bits, for which it has no kernels
+    and forgets even the clipping, in float, clipped."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -186,24 +187,50 @@ def for_openvino(model: bytes) -> bytes:
         if tensor.data_type == TensorProto.INT2:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.int8), tensor.name))
         tensors[tensor.name] = tensor
-    wide = (TensorProto.UINT16, TensorProto.INT16)
-    nodes = []
+    clips = {node.input[0]: node for node in proto.graph.node if node.op_type == "Clip"}
+    nodes, unchanged = [], {}
+
+    def clip(source: str, result: str, quantizer, ends) -> None:
+        """A Clip in float at the values that the integers `ends` stand for."""
+        scale, zero_point = (numpy_helper.to_array(tensors[name]).astype(np.float64) for name in quantizer.input[1:])
+        names = [f"{result}_low", f"{result}_high"]
+        for name, end in zip(names, ends, strict=True):
+            proto.graph.initializer.append(numpy_helper.from_array(np.float32((end - zero_point) * scale), name))
+        nodes.append(helper.make_node("Clip", [source, *names], [result]))
+
     for node in proto.graph.node:
-        zero_point = tensors.get(node.input[2]) if len(node.input) == 3 else None
-        if node.op_type not in PAIR or zero_point is None or zero_point.data_type not in wide:
-            nodes.append(node)
-        elif node.op_type == "DequantizeLinear":
-            nodes.append(helper.make_node("Identity", [node.input[0]], [node.output[0]]))
-        else:
-            scale, zero = (numpy_helper.to_array(tensors[name]).astype(np.float64) for name in node.input[1:])
+        for place, name in enumerate(node.input):
+            node.input[place] = unchanged.get(name, name)
+        if node.op_type in PAIR and node.input[1] not in tensors:
+            raise EngineError(
+                "OpenVINO cannot quantize with a scale for each image: run dynamically quantized models with onnxruntime"
+            )
+        zero_point = tensors.get(node.input[2]) if node.op_type in PAIR and len(node.input) == 3 else None
+        is_wide = zero_point is not None and zero_point.data_type in (TensorProto.UINT16, TensorProto.INT16)
+        clipped = clips.get(node.output[0]) if node.op_type == "QuantizeLinear" else None
+        if is_wide and node.op_type == "QuantizeLinear":
             limits = np.iinfo(helper.tensor_dtype_to_np_dtype(zero_point.data_type))
-            ends = [f"{node.output[0]}_low", f"{node.output[0]}_high"]
-            for name, end in zip(ends, (limits.min, limits.max), strict=True):
-                proto.graph.initializer.append(numpy_helper.from_array(np.float32((end - zero) * scale), name))
-            nodes.append(helper.make_node("Clip", [node.input[0], *ends], [node.output[0]]))
+            clip(node.input[0], node.output[0], node, (limits.min, limits.max))
+        elif is_wide:
+            unchanged[node.output[0]] = node.input[0]
+        elif clipped is not None:
+            clip(
+                node.input[0], f"{node.output[0]}_clipped", node, (_value(tensors, name) for name in clipped.input[1:])
+            )
+            node.input[0] = f"{node.output[0]}_clipped"
+            unchanged[clipped.output[0]] = node.output[0]
+            nodes.append(node)
+        elif node.output[0] not in unchanged:
+            nodes.append(node)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     return proto.SerializeToString()
+
+
+def _value(tensors: dict, name: str) -> float:
+    from onnx import numpy_helper
+
+    return float(numpy_helper.to_array(tensors[name]))
 
 
 # ------------------------------------------------------------------------------------------------------------- Inductor

@@ -1,7 +1,8 @@
 """ONNX files of float and quantized models: QuantizeLinear / DequantizeLinear, integer weights packed at their width.
 
 PyTorch's exporter writes the graph; the integers are packed afterwards into the narrowest ONNX type that holds them,
-INT2 (opset 25), INT4 (opset 21) or INT8, four, two or one to a byte. Widths between go into the next wider type. INT2
+INT2 (opset 25), INT4 (opset 21) or INT8, four, two or one to a byte. Widths between go into the next wider type.
+Activations of fewer than 8 bits are quantized to 8-bit integers and clipped to theirs. INT2
 and INT4 are cast to INT8 before they are dequantized: engines do that once, when they load the file, and then run their
 INT8 kernels, which they do not do for a DequantizeLinear of the narrow types. The file holds nothing of the program
 that wrote it: numpy and onnxruntime are enough to run it.
@@ -84,12 +85,17 @@ class OnnxWriter:
     """Quantize / dequantize pairs as ONNX operators (quantizers.deployable.Writer)."""
 
     def pair(self, x: torch.Tensor, quantizer: StaticPair) -> torch.Tensor:
-        parameters = (quantizer.scale, quantizer.zero_point)
-        return self._pair(x, *parameters, quantizer.dtype, {})
+        parameters, dtype = (quantizer.scale, quantizer.zero_point), quantizer.dtype
+        integer = _operator("QuantizeLinear", (x, *parameters), {}, dtype, x.shape)
+        if quantizer.bounds is not None:  # on integers: a layer in front still ends in its quantizer
+            integer = _operator("Clip", (integer, quantizer.low, quantizer.high), {}, dtype, x.shape)
+        return _operator("DequantizeLinear", (integer, *parameters), {}, torch.float32, x.shape)
 
     def dynamic_pair(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, is_signed: bool):
         dtype = torch.int8 if is_signed else torch.uint8
-        return self._pair(x, scale, zero_point.to(dtype), dtype, {"axis": 0})
+        parameters, attributes = (scale, zero_point.to(dtype)), {"axis": 0}
+        integer = _operator("QuantizeLinear", (x, *parameters), attributes, dtype, x.shape)
+        return _operator("DequantizeLinear", (integer, *parameters), attributes, torch.float32, x.shape)
 
     def weight(self, layer: IntegerLayer) -> torch.Tensor:
         attributes = {} if layer.is_per_tensor else {"axis": layer.axis}
@@ -100,10 +106,6 @@ class OnnxWriter:
             torch.float32,
             layer.weight_integer.shape,
         )
-
-    def _pair(self, x, scale, zero_point, dtype: torch.dtype, attributes: dict) -> torch.Tensor:
-        integer = _operator("QuantizeLinear", (x, scale, zero_point), attributes, dtype, x.shape)
-        return _operator("DequantizeLinear", (integer, scale, zero_point), attributes, torch.float32, x.shape)
 
 
 def _operator(name: str, inputs: tuple, attributes: dict, dtype: torch.dtype, shape) -> torch.Tensor:

@@ -31,6 +31,12 @@ from quantizers.modules import (
 from quantizers.numerics import FLOAT_BITS, HALF_BITS, MAX_BITS, QuantizationError, activation_range, along
 
 SIX = 6.0  # where ReLU6 ends
+INTEGER_TYPES = {  # (has it more than 8 bits, is it signed)
+    (False, False): torch.uint8,
+    (False, True): torch.int8,
+    (True, False): torch.uint16,
+    (True, True): torch.int16,
+}
 # before these a quantizer is repeated: engines run them on integers, which a layer in front can then end in
 INTEGER_MODULES = (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 INTEGER_FUNCTIONS = {torch.cat, torch.concat, F.max_pool2d}
@@ -86,30 +92,26 @@ def _replacement(module: nn.Module, writer: Writer) -> nn.Module | None:
 
 
 class StaticPair(nn.Module):
-    """A quantizer of a fixed range. A width between the integer types goes into the next wider one: the values are
-    clipped to the ends of the range before, which rounding maps onto the first and the last of its levels."""
+    """A quantizer of a fixed range. A width between the integer types goes into the next wider one, `dtype`, and its
+    integers are clipped to `bounds`, which is None where those are the type's own."""
 
     def __init__(self, quantizer: ActivationQuantizer, writer: Writer):
         super().__init__()
         quantizer.check_calibrated()
         self._writer = [writer]
-        self.is_signed = quantizer.is_signed
-        self.type_bits = 16 if quantizer.bits > MAX_BITS else 8
-        self.register_buffer("scale", quantizer.scale.detach().clone().float())
-        integer = {(8, False): torch.uint8, (8, True): torch.int8, (16, False): torch.uint16, (16, True): torch.int16}
-        self.dtype = integer[self.type_bits, self.is_signed]
+        self.dtype = INTEGER_TYPES[quantizer.bits > MAX_BITS, quantizer.is_signed]
         qmin, qmax = quantizer.bounds()
         zero_point = int(quantizer.zero_point)
-        self.parameters_as_numbers = (float(self.scale), zero_point)
+        self.register_buffer("scale", quantizer.scale.detach().clone().float())
         self.register_buffer("zero_point", torch.tensor(zero_point).to(self.dtype))
-        self.clip: tuple[float, float] | None = None
+        self.numbers = (float(self.scale), zero_point)  # the same, for writers that need constants
+        self.bounds = None
         if quantizer.bits not in (MAX_BITS, HALF_BITS) and not getattr(quantizer, "is_repeated", False):
-            low, high = (qmin - zero_point) * self.scale, (qmax - zero_point) * self.scale
-            self.clip = (float(low), float(high))
+            self.bounds = (qmin, qmax)
+            self.register_buffer("low", torch.tensor(qmin).to(self.dtype))
+            self.register_buffer("high", torch.tensor(qmax).to(self.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.clip is not None:
-            x = torch.clamp(x, *self.clip)
         return self._writer[0].pair(x, self)
 
 
@@ -235,8 +237,11 @@ class DecomposedWriter:
         import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401  registers operators and passes
 
     def pair(self, x: torch.Tensor, quantizer: StaticPair) -> torch.Tensor:
-        ops, (low, high) = torch.ops.quantized_decomposed, _type_range(quantizer.dtype)
-        arguments = (*quantizer.parameters_as_numbers, low, high, quantizer.dtype)
+        ops, (scale, zero_point) = torch.ops.quantized_decomposed, quantizer.numbers
+        if quantizer.bounds is not None:  # before: kernels saturate at the ends of the type whatever the operator says
+            x = torch.clamp(x, *((bound - zero_point) * scale for bound in quantizer.bounds))
+        info = torch.iinfo(quantizer.dtype)
+        arguments = (scale, zero_point, info.min, info.max, quantizer.dtype)
         return ops.dequantize_per_tensor.default(ops.quantize_per_tensor.default(x, *arguments), *arguments)
 
     def dynamic_pair(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, is_signed: bool):
@@ -251,8 +256,3 @@ class DecomposedWriter:
         return torch.ops.quantized_decomposed.dequantize_per_channel.default(
             layer.weight_integer, scale, zero_point, layer.axis, -128, 127, torch.int8
         )
-
-
-def _type_range(dtype: torch.dtype) -> tuple[int, int]:
-    info = torch.iinfo(dtype)
-    return info.min, info.max
