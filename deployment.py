@@ -103,9 +103,10 @@ def export_onnx(
         raise DeploymentError(f"example: expected images (n, 3, H, W), got {tuple(images.shape)}")
     if (mean is None) != (std is None):
         raise DeploymentError("give both mean and std, or neither")
+    if mean is not None and not len(mean) == len(std) == images.shape[1]:
+        raise DeploymentError(f"mean and std: expected {images.shape[1]} numbers each, one for each channel")
     description = {**getattr(model, "description", {}), **(config or {})}
     metadata = {
-        "format": FILE_FORMAT,
         "input": json.dumps(
             {
                 "image_size": list(images.shape[2:]),
@@ -118,7 +119,8 @@ def export_onnx(
     if cell is not None:
         metadata["cell"] = cell
     if class_names is not None:
-        metadata["classes"] = json.dumps(list(class_names), ensure_ascii=False)
+        metadata["classes"] = json.dumps([str(name) for name in class_names], ensure_ascii=False)
+    metadata["format"] = FILE_FORMAT  # last: a file that is cut off before it is not taken for a whole one
     try:
         proto = to_onnx(model, images, metadata)
     except (ExportError, QuantizationError) as error:
@@ -155,16 +157,36 @@ def read_onnx(path: str | Path) -> ModelFile:
         raise DeploymentError(f"{path}: its weights lie in other files; files of this program hold their own")
     try:
         onnx.checker.check_model(proto)
-        return ModelFile(
+        file = ModelFile(
             path,
             content,
             metadata.get("cell"),
             json.loads(metadata["classes"]) if "classes" in metadata else None,
-            json.loads(metadata["input"]),
-            json.loads(metadata["config"]),
+            json.loads(metadata.get("input", "null")),
+            json.loads(metadata.get("config", "null")),
         )
-    except (onnx.checker.ValidationError, ValueError, KeyError) as error:
+        _check_metadata(file, [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim])
+    except (onnx.checker.ValidationError, ValueError, IndexError) as error:
         raise DeploymentError(f"{path}: damaged ({' '.join(str(error).split())[:120]})") from None
+    return file
+
+
+def _check_metadata(file: ModelFile, shape_NCHW: list[int]) -> None:
+    """ValueError for metadata that `export_onnx` does not write for a model of these images."""
+    if not isinstance(file.input, dict) or file.input.get("image_size") != shape_NCHW[2:]:
+        raise ValueError("its metadata do not say the size of its images")
+    normalisation = [file.input.get(key, ()) for key in ("mean", "std")]
+    if normalisation != [None, None] and not all(
+        isinstance(numbers, list) and [type(number) for number in numbers] == [float] * shape_NCHW[1]
+        for numbers in normalisation
+    ):
+        raise ValueError("its metadata do not say how its images are normalised")
+    if not isinstance(file.config, dict):
+        raise ValueError("its metadata give no config")
+    if file.classes is not None and not (
+        isinstance(file.classes, list) and all(isinstance(name, str) for name in file.classes)
+    ):
+        raise ValueError("its metadata give no names of classes")
 
 
 def load_engine(
@@ -250,11 +272,16 @@ def classify(
     top: int = 1,
 ) -> list[str]:
     """Lines that say what the model sees in a picture: labels with probabilities, the time of a pass, who ran it."""
+    from engines import EngineError
+
     file = read_onnx(model)
     x_NCHW = load_image(image, file)
     runner = load_engine(model, engine, threads=threads, provider=provider)
-    probabilities = _probabilities(runner.predict(x_NCHW)[0])
-    latency = runner.latency(x_NCHW, TIMED_PASSES)
+    try:
+        probabilities = _probabilities(runner.predict(x_NCHW)[0])
+        latency = runner.latency(x_NCHW, TIMED_PASSES)
+    except EngineError as error:
+        raise DeploymentError(f"{file.path}: {error}") from error
     names = file.classes or [str(k) for k in range(len(probabilities))]
     if len(names) != len(probabilities):
         raise DeploymentError(f"{file.path}: damaged ({len(names)} class names, {len(probabilities)} logits)")

@@ -158,6 +158,7 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot load the model: {_line(error)}") from error
         self.size_mb = len(model) / 1e6
+        self.image_shape = tuple(dim.get_length() for dim in list(self.compiled.input(0).get_partial_shape())[1:])
         self.request = self.compiled.create_infer_request()
 
     def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
@@ -168,6 +169,11 @@ class OpenVinoEngine:
         return timed(lambda: self._infer(x_NCHW), len(x_NCHW), repeats)
 
     def _infer(self, x_NCHW: np.ndarray):
+        if x_NCHW.shape[1:] != self.image_shape:  # of some models OpenVINO would give an empty result
+            raise EngineError(
+                f"OpenVINO cannot run the model: its images are (n, {', '.join(map(str, self.image_shape))}), "
+                f"got {x_NCHW.shape}"
+            )
         try:
             return self.request.infer([x_NCHW])
         except RuntimeError as error:
@@ -203,7 +209,8 @@ def for_openvino(model: bytes) -> bytes:
             node.input[place] = unchanged.get(name, name)
         if node.op_type in PAIR and node.input[1] not in tensors:
             raise EngineError(
-                "OpenVINO cannot quantize with a scale for each image: run dynamically quantized models with onnxruntime"
+                "OpenVINO cannot quantize with a scale for each image: run dynamically quantized models with "
+                "onnxruntime"
             )
         zero_point = tensors.get(node.input[2]) if node.op_type in PAIR and len(node.input) == 3 else None
         is_wide = zero_point is not None and zero_point.data_type in (TensorProto.UINT16, TensorProto.INT16)

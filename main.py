@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         _check_models(config)
-        _check_engines(config)
+        _check_engines(config, _phases(options.phase))
         device = _device(options.device)
         store = Store(config.results_dir)
         if options.dry_run:
@@ -107,13 +107,12 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
 
 def _failed_deployments(config: Config, store, cells) -> list[str]:
     """A line for each engine that could not run a cell's model."""
-    from phases.deploy import is_selected
+    from phases.deploy import is_complete
 
     return [
         f"deployment failed: {cell.id}: {row['engine']}: {row['error']}"
         for cell in cells
-        if is_selected(cell, (*config.deployment.cells, *config.deployment.export))
-        and (record := store.record(cell.id)) is not None
+        if (record := store.record(cell.id)) is not None and not is_complete(cell, config, store)
         for row in record["extra"].get("deployment", [])
         if row["status"] == "failed" and row["engine"] in config.deployment.engines
     ]
@@ -121,15 +120,18 @@ def _failed_deployments(config: Config, store, cells) -> list[str]:
 
 def _refresh(config: Config, store, planned: dict, report) -> None:
     """Derive the rows again whose metric settings the config has changed since, so that no table mixes the two."""
+    from phases.deploy import write_tables
     from phases.measure import refresh_metrics
 
+    everything = [cell.id for cells in planned.values() for cell in cells]
     refreshed = refresh_metrics([cell for cells in planned.values() for cell in cells], config, store)
     if refreshed:
-        report.line(f"{refreshed} rows derived again from saved predictions, with the metric settings of this config")
+        report.line(f"{refreshed} rows derived again from saved predictions, as this config wants them")
         for phase, cells in planned.items():
             if store.results_path(phase).exists():
                 store.write_tables(phase, [cell.id for cell in cells])
-        store.write_group_table([cell.id for cells in planned.values() for cell in cells])
+        store.write_group_table(everything)
+        write_tables(store, everything)
 
 
 def _check_models(config: Config) -> None:
@@ -150,11 +152,12 @@ def _check_models(config: Config) -> None:
                 patch_size_for(config.dataset(dataset).image_size)
 
 
-def _check_engines(config: Config) -> None:
+def _check_engines(config: Config, phases: Sequence[str]) -> None:
     """ConfigError for an engine that is wanted and not installed."""
     from engines import EngineError, check_installed
 
-    for engine in config.deployment.engines if config.deployment.cells else ():
+    is_run = config.deployment.cells and set(phases) != {"analysis"}
+    for engine in config.deployment.engines if is_run else ():
         try:
             check_installed(engine)
         except EngineError as error:

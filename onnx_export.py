@@ -23,6 +23,8 @@ import onnx
 import onnx.version_converter
 import torch
 from onnx import helper, numpy_helper
+from onnxscript import ir
+from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from evaluation import eval_mode
@@ -125,23 +127,30 @@ def _export(network: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes=({0: BATCH},),
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
+            optimize_ir(program.model, should_fold=_may_fold)  # as the exporter does, but for _may_fold
             return program.model_proto
     except Exception as error:  # the exporter's errors have no common base class
         raise ExportError(f"the model cannot be exported to ONNX: {_line(error)}") from error
 
 
+def _may_fold(node: ir.Node) -> bool | None:
+    """No for the cast of float16 weights, which would be stored as float32; None: as the optimizer does."""
+    constant = node.inputs[0].const_value if node.op_type == "Cast" and node.inputs[0] is not None else None
+    return False if constant is not None and constant.dtype == ir.DataType.FLOAT16 else None
+
+
 def _pack_weights(proto: onnx.ModelProto, layers: Mapping[str, IntegerLayer]) -> None:
     """Give each integer weight the narrowest type that holds its width, with a cast to INT8 behind the narrow ones."""
-    bits = {f"{path}.weight_integer": layer.bits for path, layer in layers.items() if layer.bits <= MAX_BITS}
+    own = {f"{path}.weight_integer": layer for path, layer in layers.items() if layer.bits <= MAX_BITS}
     found, casts = set(), []
     for place, tensor in enumerate(proto.graph.initializer):
-        if tensor.name not in bits:
+        if tensor.name not in own:
             continue
         found.add(tensor.name)
-        width = type_bits(bits[tensor.name])
+        width = type_bits(own[tensor.name].bits)
         integers = numpy_helper.to_array(tensor)
         packed = numpy_helper.from_array(integers.astype(PACKED_TYPES[width]), tensor.name)
         proto.graph.initializer[place].CopyFrom(packed)
@@ -153,9 +162,9 @@ def _pack_weights(proto: onnx.ModelProto, layers: Mapping[str, IntegerLayer]) ->
             node.input[place] = cast.get(name, name)
     for node in reversed(casts):
         proto.graph.node.insert(0, node)
-    missing = sorted(set(bits) - found)
-    if missing:
-        raise ExportError(f"{missing[0]}: the exporter did not keep these weights as integers")
+    for name in sorted(set(own) - found):  # of equal small tensors the exporter keeps one
+        if not any(torch.equal(own[name].weight_integer, own[other].weight_integer) for other in found):
+            raise ExportError(f"{name}: the exporter did not keep these weights as integers")
 
 
 def _finish(proto: onnx.ModelProto, ir_version: int, metadata: Mapping[str, str]) -> None:
@@ -172,18 +181,15 @@ def _finish(proto: onnx.ModelProto, ir_version: int, metadata: Mapping[str, str]
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's progress, hints and warnings about its own code."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    """Without the exporter's progress, hints and warnings about its own code, and what it logs of models it refuses."""
+    disabled, nowhere = logging.root.manager.disable, io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
+            logging.disable(logging.CRITICAL)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(disabled)
 
 
 def _line(error: BaseException) -> str:

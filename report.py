@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 
 from result_rows import main_settings, model_label, with_labels
@@ -68,6 +69,7 @@ class Study:
     seeds: Sequence[int] = ()
     targets: Mapping[str, str] = field(default_factory=dict)  # data set -> what is predicted
     figures: Sequence[tuple[str, str]] = ()  # (file name, caption)
+    deployed: pd.DataFrame = field(default_factory=pd.DataFrame)  # of `deployment_table`; empty: no engine has run
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -143,6 +145,42 @@ def best_table(best: pd.DataFrame, level: float) -> pd.DataFrame:
     table["equalized odds diff."] = [number(100 * value, 1) for value in best["equalized_odds_difference"]]
     table["MB"] = [number(value, 3, significant=True) for value in best["size_mb"]]
     return table
+
+
+DEPLOYED_NOTE = (
+    "Each file run by its engine on the whole test split. Agreement is the share of images on which the engine "
+    "predicts the simulation's class; faster and smaller are against the FP32 model in the same engine."
+)
+
+
+def deployment_table(rows: pd.DataFrame, deployment: pd.DataFrame) -> pd.DataFrame:
+    """What engines made of the models (deployment_results.csv), beside the simulation; empty where none has run."""
+    rows = with_labels(rows[rows["status"] == "done"])
+    found = deployment[deployment["status"] == "done"].merge(
+        rows[["cell", "model", "dataset", "seed", "setting", "baseline_cell", "accuracy", "worst_group_accuracy"]],
+        on="cell",
+    )
+    if found.empty:
+        return pd.DataFrame()
+    fp32 = found[found["baseline_cell"].isna()].set_index(["cell", "engine"])
+    reference = fp32.reindex(pd.MultiIndex.from_arrays([found["baseline_cell"], found["engine"]]))
+    severals = [name for name in ("dataset", "seed") if found[name].nunique() > 1]
+    table = pd.DataFrame({name.replace("dataset", "data set"): found[name].astype(str) for name in severals})
+    table["model"] = [model_label(name) for name in found["model"]]
+    table["setting"] = found["setting"].to_numpy()
+    table["engine"] = found["engine"].to_numpy()
+    table["MB"] = [number(value, 3, significant=True) for value in found["size_mb"]]
+    table["times smaller"] = [number(value, 1) for value in reference["size_mb"].to_numpy() / found["size_mb"]]
+    for column, heading in (("latency_ms_b1", "1 image"), ("latency_ms_b32", "32 images")):
+        times = found[column].astype(float) if column in found else pd.Series(np.nan, found.index)
+        before = reference[column].astype(float).to_numpy() if column in found else np.nan
+        table[f"ms, {heading}"] = [number(value, 3, significant=True) for value in times]
+        table[f"times faster, {heading}"] = [number(value, 1) for value in before / times]
+    table["agreement %"] = [number(100 * value, 1) for value in found["agreement"]]
+    for column, heading in (("accuracy", "accuracy %"), ("worst_group_accuracy", "worst group %")):
+        table[f"{heading}, simulated"] = [number(100 * value, 1) for value in found[column]]
+        table[f"{heading}, deployed"] = [number(100 * value, 1) for value in found[f"deployed_{column}"]]
+    return table.reset_index(drop=True)
 
 
 def group_accuracy(rows: pd.DataFrame, groups: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
@@ -262,6 +300,8 @@ def summary_markdown(study: Study) -> str:
     lines += ["", escape(interval_note(study)), ""]
     lines += ["## Best setting at each width", "", escape(BEST_NOTE), ""]
     lines += [to_markdown(best_table(study.best, study.level)) if len(study.best) else "No finished quantized cell.\n"]
+    if len(study.deployed):
+        lines += ["## Deployed", "", escape(DEPLOYED_NOTE), "", to_markdown(study.deployed)]
     if len(study.failed):
         lines += ["## Failed cells", ""]
         lines += [f"- {escape(row.cell)}: {escape(_error(row.error))}" for row in study.failed.itertuples()] + [""]
@@ -358,6 +398,8 @@ def report_html(study: Study, images: Mapping[str, bytes]) -> str:
             interval_note=interval_note(study),
             best_note=BEST_NOTE,
             best=_table(best_table(study.best, study.level)) if len(study.best) else None,
+            deployed_note=DEPLOYED_NOTE,
+            deployed=_table(study.deployed) if len(study.deployed) else None,
             results=_table(result_table(study.rows)) if len(study.rows) else None,
             figures=[
                 {"name": name, "caption": caption, "data": base64.b64encode(images[name]).decode("ascii")}
@@ -441,6 +483,8 @@ footer { height: 4rem; }
 </header>
 <nav aria-label="Sections"><a href="#findings">Findings</a><a href="#hypotheses">Hypotheses</a>
 <a href="#best">Best settings</a>
+{% if deployed %}<a href="#deployed">Deployed</a>
+{% endif %}
 <a href="#figures">Figures</a><a href="#results">All results</a><a href="#data">Data</a><a href="#run">What was run</a>
 {%- if failed or missing or leftovers %}<a href="#absent">Failed and missing</a>{% endif -%}
 <a href="#environment">Environment</a></nav>
@@ -461,6 +505,11 @@ footer { height: 4rem; }
 <h2 id="best">Best setting at each width</h2>
 <p class="soft">{{ best_note }}</p>
 {% if best %}{{ show(best) }}{% else %}<p>No finished quantized cell.</p>{% endif %}
+{% if deployed %}
+<h2 id="deployed">Deployed</h2>
+<p class="soft">{{ deployed_note }}</p>
+{{ show(deployed) }}
+{% endif %}
 
 <h2 id="figures">Figures</h2>
 {% for figure in figures -%}

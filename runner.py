@@ -21,6 +21,7 @@ from models import CheckpointError
 from phases.plan import Cell
 from store import Store, StoreError, seed_for
 
+FATAL = (StoreError, DataError, ConfigError, CheckpointError)  # what no cell can help
 TABLE_SECONDS = 5.0  # the tables on disk are at most so much older than the records they are made of
 
 
@@ -126,14 +127,17 @@ def _run_cell(
     view = _CellReport(report, cell.id, position)
     try:
         result = compute(cell, view)
-    except (StoreError, DataError, ConfigError, CheckpointError):
+    except FATAL:
         raise
     except Exception as error:  # the sweep goes on; the row and the exit status say what happened
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return {**cell.identity(), "status": "failed", "error": message}, [], {}
+        return {**cell.identity(), "status": "failed", "error": one_line(error)}, [], {}
     identity = cell.identity()
     groups = [{**{key: identity[key] for key in _GROUP_IDENTITY}, **group} for group in result.groups]
     return {**identity, "status": "done", "error": None, **result.columns}, groups, result.extra
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 _GROUP_IDENTITY = ("cell", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits")

@@ -133,7 +133,10 @@ class Store:
         """Create the folder, remove temporary files of dead runs, and save the resolved config and the environment."""
         with write_errors(self.root):
             for name in FOLDERS:
-                (self.root / name).mkdir(parents=True, exist_ok=True)
+                folder = self.root / name
+                folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(folder, os.W_OK):  # now, rather than after an hour's training
+                    raise StoreError(f"{folder}: cannot be written; mend the permissions or use another results_dir")
             for name in ("", *FOLDERS, "analysis", "analysis/tables"):
                 for leftover in (self.root / name).glob(".*.tmp"):
                     process = TEMPORARY.fullmatch(leftover.name)  # None: a file of another program
@@ -174,6 +177,7 @@ class Store:
         """Mark a cell as ended. Its predictions and checkpoint must have been written before."""
         unknown = set(row) - set(ROW_COLUMNS)
         assert not unknown, f"row columns outside the schema: {sorted(unknown)}"
+        row = {column: row[column] for column in ROW_COLUMNS if column in row}  # in whatever order they were found
         record = {"schema_version": SCHEMA_VERSION, "row": row, "groups": groups, "extra": extra or {}}
         write_json(self.record_path(row["cell"]), record)
 

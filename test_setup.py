@@ -46,7 +46,7 @@ def main() -> int:
     logging.disable(logging.WARNING)
     problems = check_python() + check_packages()
     if not problems:
-        for check in (check_device, check_forward, check_quantized_forward, check_metric):
+        for check in (check_device, check_forward, check_quantized_forward, check_deployment, check_metric):
             problems += attempt(check)
     print()
     if problems:
@@ -85,7 +85,7 @@ def check_packages() -> list[str]:
     for distribution, module in PACKAGES.items():
         try:
             importlib.import_module(module)
-            version = metadata.version(distribution)
+            version = distribution_version(distribution)
         except Exception as error:  # a broken package raises anything
             say(distribution, "MISSING" if isinstance(error, ModuleNotFoundError) else "BROKEN")
             problems.append(f"{distribution}: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
@@ -96,6 +96,14 @@ def check_packages() -> list[str]:
         if is_old:
             problems.append(f"{distribution} {version}: {needed} or newer is needed")
     return problems
+
+
+def distribution_version(name: str) -> str:
+    """The installed version; ONNX Runtime has another distribution for GPUs."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return metadata.version(f"{name}-gpu")
 
 
 def requirements() -> dict[str, str]:
@@ -157,6 +165,29 @@ def check_quantized_forward() -> None:
     if not bool(torch.isfinite(logits).all()):
         raise RuntimeError("the quantized model's logits are not finite")
     say("quantized forward", f"MobileNetV2 at 4 bits: {len(quantized.layers())} layers, at most {levels} weight levels")
+
+
+def check_deployment() -> None:
+    import tempfile
+
+    import numpy as np
+    import torch
+
+    from deployment import export_onnx, load_engine
+    from models import build_model
+    from quantization import apply_quantization
+
+    model = build_model("squeezenet1_1", n_classes=2, image_size=32).eval()
+    images = torch.randn(16, 3, 32, 32)
+    quantized = apply_quantization(model, "ptq_static", 4, [(images, torch.zeros(16, dtype=torch.long))])
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_onnx(quantized, Path(folder) / "model.onnx", images)
+        logits = load_engine(file.path).predict(images.numpy())
+    with torch.inference_mode():
+        expected = quantized(images).numpy()
+    if not np.allclose(logits, expected, atol=0.05 * max(1e-6, float(np.abs(expected).max()))):
+        raise RuntimeError("ONNX Runtime gives other logits than the simulation")
+    say("deployment", f"SqueezeNet at 4 bits: {file.size_mb:.2f} MB of ONNX, ONNX Runtime agrees")
 
 
 def check_metric() -> None:

@@ -111,12 +111,16 @@ def analyse(
     points = visualizations.pareto_points(rows)
     write_text(store.analysis / "pareto.csv", points.to_csv(index=False))
     best = report.best_settings(changes, done)
+    deployment = store.read_extra_table("deployment_results")
+    deployed = pd.DataFrame() if deployment is None else report.deployment_table(done, deployment)
     tables = {
         "results": (report.result_table(rows), "Every finished and failed cell."),
         "hypotheses": (_hypotheses_table(verdicts), "Hypotheses and what the data say about them."),
     }
     if len(best):
         tables["best"] = (report.best_table(best, level), f"Best setting at each width. {report.BEST_NOTE}")
+    if len(deployed):
+        tables["deployed"] = (deployed, report.DEPLOYED_NOTE)
     for name, (table, caption) in tables.items():
         write_text(store.analysis / "tables" / f"{name}.tex", report.to_latex(table, caption, f"tab:{name}"))
         write_text(store.analysis / "tables" / f"{name}.csv", report.to_csv(table))
@@ -125,6 +129,8 @@ def analyse(
         f"{dataset}, {model_label(model)}: accuracy in %, group by group\n\n{report.to_markdown(table)}"
         for (dataset, model), table in report.group_accuracy(rows, all_groups).items()
     ]
+    if len(deployed):
+        by_group.append(f"deployed models\n\n{report.to_markdown(deployed)}")
     write_text(store.analysis / "groups.md", "\n".join(by_group))
 
     tell("report")
@@ -133,6 +139,7 @@ def analyse(
         data=_data(done, groups),
         changes=changes,
         best=best,
+        deployed=deployed,
         hypotheses=verdicts,
         findings=findings(done, test_sets, changes, significance, points, config),
         planned={phase: len(cells) for phase, cells in planned.items()},

@@ -29,7 +29,15 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
     data = DatasetCache(config)
     _check_fingerprints(cells, store, data, report)
     context = functools.partial(compute, config=config, store=store, device=device, data=data)
-    run_cells("baseline", cells, context, config, store, report, lambda cell: deploy.is_complete(cell, config, store))
+    run_cells(
+        "baseline",
+        cells,
+        deploy.keeping_results(context, config, store),
+        config,
+        store,
+        report,
+        lambda cell: deploy.is_complete(cell, config, store),
+    )
     everything = [cell.id for block in plan(config).values() for cell in block]
     write_training_log(store, everything)
     deploy.write_tables(store, everything)
@@ -41,8 +49,9 @@ def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: st
     dataset = data.load(cell.dataset, report)
     if store.is_done(cell.id):  # it only lacks a deployment
         model = load_baseline(cell, dataset, config, store, device)
-        deployed = _deploy(model, cell, dataset, store.predictions(cell.id), config, store, device, report)
-        return deploy.deploy_again(cell, deployed, None, store)
+        saved = store.predictions(cell.id)
+        deployed = _deploy(model, cell, dataset, saved, config, store, device, report)
+        return deploy.deploy_again(cell, deployed, measure(cell, saved, names_of(dataset), config, None), config, store)
     settings = config.training.for_model(cell.model)
     names = (cell.seed, cell.dataset, cell.model)
     model = build_model(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import tempfile
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from batches import MEAN, STD
-from config import Config, parse_width
+from config import Config
 from datasets import FaceDataset
 from deployment import DeploymentError, Export, export_onnx, load_engine
 from engines import EngineError
 from evaluation import EvaluationError, Latency, latency, predict, write_model
-from phases.measure import Predicted, measure_deployed
+from phases.measure import Predicted, compression, deployed_name, measure_deployed
 from phases.plan import Cell
-from runner import CellResult
-from store import Store, atomic_path
+from runner import FATAL, CellResult, Compute, one_line
+from store import DEPLOYED_COLUMNS, Store, StoreError, atomic_path
 
 FP32 = "FP32"
 BATCHES = (1, 32)  # of the latencies
@@ -44,7 +44,7 @@ def is_selected(cell: Cell, patterns: Iterable[str]) -> bool:
     for pattern in patterns:
         model_pattern, method_pattern, bits_pattern = (*pattern.split(":"), "*", "*")[:3]
         if bits_pattern.isdigit():  # 8 means W8A8, as in bit_widths
-            bits_pattern = "W{}A{}".format(*parse_width(int(bits_pattern)))
+            bits_pattern = f"W{bits_pattern}A{bits_pattern}"
         if (
             fnmatch.fnmatchcase(cell.model, model_pattern)
             and fnmatch.fnmatchcase(method, method_pattern)
@@ -66,6 +66,7 @@ def is_complete(cell: Cell, config: Config, store: Store) -> bool:
     done = {row["engine"] for row in record["extra"].get("deployment", []) if row["status"] == "done"}
     return (
         done.issuperset(config.deployment.engines)
+        and all(store.predictions_path(deployed_name(cell.id, engine)).exists() for engine in config.deployment.engines)
         and record["row"]["engine"] == config.deployment.engines[0]
         and record["extra"].get("deployment_settings") == _settings(config)
     )
@@ -121,7 +122,11 @@ def deploy(
                     cell=cell.id,
                     config={**cell.identity(), "options": dict(cell.options), "target": dataset.target},
                 )
-            except DeploymentError as error:
+            except FATAL:
+                raise
+            except Exception as error:
+                if isinstance(error.__cause__, StoreError):  # not this cell's fault: no other could be written either
+                    raise error.__cause__ from None
                 rows = [_failed(engine, error) for engine in config.deployment.engines]
             else:
                 if is_selected(cell, config.deployment.cells):
@@ -132,27 +137,57 @@ def deploy(
                         )
                         rows.append(row)
                         groups += of_groups
-    columns = _simulation_costs(model, cell, example, config, store)
+    return _result(rows, groups, _simulation_costs(model, cell, example, config, store), config)
+
+
+def _result(rows: list[dict], groups: list[dict], simulation: dict[str, Any], config: Config) -> CellResult:
+    """The cost columns, which are those of the first engine that ran, or of the simulation; and what is kept."""
+    columns = dict(simulation)
     first = next((row for row in rows if row["status"] == "done"), None)
     if first is not None:
-        columns |= {key: value for key, value in first.items() if key in ROW_COLUMNS or key.startswith("deployed_")}
-    extra = {"deployment": rows, "deployment_groups": groups, "deployment_settings": _settings(config)}
+        columns |= {key: value for key, value in first.items() if key in DEPENDENT_COLUMNS}
+    extra = {
+        "simulation": simulation,
+        "deployment": rows,
+        "deployment_groups": groups,
+        "deployment_settings": _settings(config),
+    }
     return CellResult(columns, [], extra)
 
 
-def deploy_again(cell: Cell, deployed: CellResult, baseline_row: dict | None, store: Store) -> CellResult:
-    """A finished cell's result with another deployment."""
+def deploy_again(cell: Cell, deployed: CellResult, measured: CellResult, config: Config, store: Store) -> CellResult:
+    """A finished cell's result with another deployment; `measured` is made of its saved predictions."""
     record = store.record(cell.id)
+    is_run = is_selected(cell, config.deployment.cells) or deployed.extra["deployment"]
+    if not is_run and any(row["status"] == "done" for row in record["extra"]["deployment"]):
+        row, extra = record["row"], record["extra"]  # only its file was missing: an earlier deployment stays
+    else:
+        row = {key: value for key, value in record["row"].items() if key not in DEPENDENT_COLUMNS} | deployed.columns
+        extra = record["extra"] | deployed.extra
+    baseline_row = None if cell.baseline_cell is None else store.record(cell.baseline_cell)["row"]
     identity = {*cell.identity(), "status", "error"}
-    columns = {key: value for key, value in record["row"].items() if key not in identity} | deployed.columns
-    columns["compression"] = compression(columns["size_mb"], baseline_row)
-    groups = [{key: value for key, value in group.items() if key not in identity} for group in record["groups"]]
-    return CellResult(columns, groups, record["extra"] | deployed.extra)
+    columns = {key: value for key, value in row.items() if key not in identity} | measured.columns
+    columns["compression"] = compression(row["size_mb"], baseline_row)
+    return CellResult(columns, measured.groups, extra | measured.extra)
 
 
-def compression(size_mb: float, baseline_row: dict | None) -> float:
-    """How many times smaller the file is than the FP32 model's."""
-    return 1.0 if baseline_row is None else baseline_row["size_mb"] / size_mb
+def keeping_results(compute: Compute, config: Config, store: Store) -> Compute:
+    """`compute`, for run_cells: where a finished cell, which only lacks a deployment, fails, it keeps its results."""
+
+    def compute_or_keep(cell: Cell, report: Any) -> CellResult:
+        if not store.is_done(cell.id):
+            return compute(cell, report)
+        try:
+            return compute(cell, report)
+        except FATAL:
+            raise
+        except Exception as error:  # told by a row of its own and the exit status
+            record = store.record(cell.id)
+            rows = [_failed(engine, error) for engine in config.deployment.engines]
+            deployed = _result(rows, [], record["extra"]["simulation"], config)
+            return deploy_again(cell, deployed, CellResult({}, record["groups"], {}), config, store)
+
+    return compute_or_keep
 
 
 def write_tables(store: Store, planned: list[str]) -> None:
@@ -169,8 +204,8 @@ def write_tables(store: Store, planned: list[str]) -> None:
     store.write_extra_table("deployment_groups", "deployment_groups", GROUP_COLUMNS, planned)
 
 
-ROW_COLUMNS = (
-    "engine", "size_mb", "agreement", "latency_ms_b1", "latency_p95_ms_b1", "latency_ms_b32", "throughput",
+DEPENDENT_COLUMNS = (  # of a row: what depends on the engine
+    "engine", "size_mb", "latency_ms_b1", "latency_p95_ms_b1", "latency_ms_b32", "throughput", *DEPLOYED_COLUMNS,
 )  # fmt: skip
 GROUP_COLUMNS = (
     "engine", "attribute", "group", "n", "agreement", "accuracy", "deployed_accuracy", "selection_rate",
@@ -202,7 +237,9 @@ def _run(
         )
         deployed = predict(engine, loader, "cpu")
         costs = {"size_mb": exported.size_mb, **_latencies(engine.latency, example, config)}
-    except (DeploymentError, EngineError, EvaluationError) as error:
+    except FATAL:
+        raise
+    except Exception as error:  # an engine may raise anything: its row says what
         return _failed(name, error), []
     store.write_predictions(deployed_name(cell.id, name), deployed)
     columns, groups = measure_deployed(cell, deployed, predictions, names, config)
@@ -218,23 +255,24 @@ def _run(
     return row, [{"engine": name, **group} for group in groups]
 
 
-def deployed_name(cell: str, engine: str) -> str:
-    """Under which an engine's predictions are saved."""
-    return f"{cell}@{engine}"
-
-
 def _failed(engine: str, error: Exception) -> dict:
-    return {"engine": engine, "status": "failed", "error": " ".join(str(error).split())}
+    expected = isinstance(error, (DeploymentError, EngineError, EvaluationError))  # whose messages stand alone
+    message = " ".join(str(error).split()) if expected else one_line(error)
+    return {"engine": engine, "status": "failed", "error": message}
 
 
 @contextlib.contextmanager
 def _model_place(cell: Cell, config: Config, store: Store) -> Iterator[Path]:
-    """Where the cell's file goes: models/<cell>.onnx where the config keeps it, else a folder that is removed."""
+    """Where the cell's file goes: models/<cell>.onnx where the config keeps it, else a temporary name beside it."""
+    path = store.model_path(cell.id)
     if is_selected(cell, config.deployment.export):
-        yield store.model_path(cell.id)
+        yield path
         return
-    with tempfile.TemporaryDirectory(prefix="deployment-") as folder:
-        yield Path(folder) / "model.onnx"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _simulation_costs(
@@ -249,7 +287,7 @@ def _simulation_costs(
     def measured(images, repeats: int) -> Latency:
         return latency(model, torch.from_numpy(images), repeats)
 
-    return {"engine": "torch", "size_mb": size, "agreement": None, **_latencies(measured, example, config)}
+    return {"engine": "torch", "size_mb": size, **_latencies(measured, example, config)}
 
 
 def _latencies(measure, example: torch.Tensor, config: Config) -> dict[str, float]:

@@ -24,7 +24,7 @@ from phases.baseline import (
     training_loader,
     write_training_log,
 )
-from phases.measure import measure
+from phases.measure import compression, measure
 from phases.plan import Cell, plan
 from quantization import apply_quantization
 from quantizers.sensitivity import Sensitivity
@@ -43,7 +43,8 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     needed = {cell.baseline_cell for cell in cells if not is_complete(cell)}
     _check_baselines([cell for cell in planned["baseline"] if cell.id in needed], store)
     inputs = Inputs(config, store, device)
-    run_cells(phase, cells, functools.partial(compute, inputs=inputs), config, store, report, is_complete)
+    context = deploy.keeping_results(functools.partial(compute, inputs=inputs), config, store)
+    run_cells(phase, cells, context, config, store, report, is_complete)
     everything = [cell.id for block in planned.values() for cell in block]
     write_training_log(store, everything)
     deploy.write_tables(store, everything)
@@ -91,13 +92,14 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     if store.is_done(cell.id):  # it only lacks a deployment
         saved = store.predictions(cell.id)
         deployed = deploy.deploy(quantized, cell, dataset, saved, names, loader, config, store, report)
-        return deploy.deploy_again(cell, deployed, baseline_row, store)
+        measured = measure(cell, saved, names, config, baseline_row)
+        return deploy.deploy_again(cell, deployed, measured, config, store)
     predictions = predict(quantized, loader, inputs.device)
     store.write_predictions(cell.id, predictions)
     measured = measure(cell, predictions, names, config, baseline_row)
     deployed = deploy.deploy(quantized, cell, dataset, predictions, names, loader, config, store, report)
     measured.columns |= deployed.columns
-    measured.columns["compression"] = deploy.compression(measured.columns["size_mb"], baseline_row)
+    measured.columns["compression"] = compression(measured.columns["size_mb"], baseline_row)
     measured.extra |= deployed.extra
     training = quantized.reports.get("training")
     if training is not None:

@@ -12,7 +12,15 @@ from group_counts import METRICS, count_table, intersect
 from phases.plan import Cell
 from runner import CellResult
 from significance import bootstrap_intervals
-from store import GROUP_METRIC_COLUMNS, INTERSECTION, MissingArtifactError, Store, seed_for, short_hash
+from store import (
+    DEPLOYED_COLUMNS,
+    GROUP_METRIC_COLUMNS,
+    INTERSECTION,
+    MissingArtifactError,
+    Store,
+    seed_for,
+    short_hash,
+)
 
 
 def metric_settings(config: Config, dataset: str) -> dict[str, Any]:
@@ -129,24 +137,35 @@ def _groupings(sensitive: dict[str, np.ndarray], names: dict[str, Any]) -> dict[
 
 
 def refresh_metrics(cells: list[Cell], config: Config, store: Store) -> int:
-    """Derive again, from saved predictions, the rows that were made with other metric settings; how many there were."""
+    """Derive again, from saved predictions, the rows that were made with other metric settings, and the compressions
+    of those whose baseline's file is another one by now (it was deployed later); how many there were."""
     refreshed = 0
     for cell in cells:
         if not store.is_done(cell.id):
             continue
         record = store.record(cell.id)
-        if record["extra"].get("metrics_key") == short_hash(metric_settings(config, cell.dataset)):
-            continue
+        is_current = record["extra"].get("metrics_key") == short_hash(metric_settings(config, cell.dataset))
         baseline_row = None
         if cell.baseline_cell is not None:
             if not store.is_done(cell.baseline_cell):  # its baseline was cleared: nothing to compare with
+                if is_current:
+                    continue
                 raise MissingArtifactError(
                     f"{store.record_path(cell.baseline_cell)}: missing; make it with python main.py --phase baseline"
                 )
             baseline_row = store.record(cell.baseline_cell)["row"]
+        if is_current:
+            ratio = compression(record["row"]["size_mb"], baseline_row)
+            if ratio != record["row"]["compression"]:
+                store.write_cell(record["row"] | {"compression": ratio}, record["groups"], record["extra"])
+                refreshed += 1
+            continue
         predictions, names = store.predictions(cell.id), record["extra"]["names"]
         result = measure(cell, predictions, names, config, baseline_row)
         _refresh_deployed(cell, predictions, names, record, result, config, store)
+        result.columns["compression"] = compression(
+            result.columns.get("size_mb", record["row"]["size_mb"]), baseline_row
+        )
         identity = {key: record["groups"][0][key] for key in record["groups"][0] if key not in result.groups[0]}
         store.write_cell(
             record["row"] | result.columns,
@@ -163,8 +182,13 @@ def _refresh_deployed(
     """Derive the deployed metrics again too, of every engine, and those of the row."""
     rows, groups = [], []
     for row in record["extra"].get("deployment", []):
-        if row["status"] == "done":
-            deployed = store.predictions(f"{cell.id}@{row['engine']}")
+        path = store.predictions_path(deployed_name(cell.id, row["engine"]))
+        if row["status"] == "done" and not path.exists():  # the phase runs the engine again
+            if row["engine"] == record["row"]["engine"]:
+                result.columns |= dict.fromkeys(DEPLOYED_COLUMNS) | record["extra"]["simulation"]
+            row = {"engine": row["engine"], "status": "failed", "error": f"{path}: missing"}
+        elif row["status"] == "done":
+            deployed = store.predictions(deployed_name(cell.id, row["engine"]))
             columns, of_groups = measure_deployed(cell, deployed, predictions, names, config)
             row = row | columns
             groups += [{"engine": row["engine"], **group} for group in of_groups]
@@ -172,6 +196,18 @@ def _refresh_deployed(
                 result.columns |= columns
         rows.append(row)
     result.extra |= {"deployment": rows, "deployment_groups": groups}
+
+
+def deployed_name(cell: str, engine: str) -> str:
+    """Under which an engine's predictions are saved."""
+    return f"{cell}@{engine}"
+
+
+def compression(size_mb: float, baseline_row: dict | None) -> float | None:
+    """How many times smaller the file is than the FP32 model's; None where there is none any more."""
+    if baseline_row is None:
+        return 1.0
+    return baseline_row["size_mb"] / size_mb if "size_mb" in baseline_row else None
 
 
 def _difference(value: float | None, reference: float | None) -> float:

@@ -27,6 +27,7 @@ from quantizers.modules import (
     DynamicActivationQuantizer,
     QuantizedLayer,
     QuantizedModel,
+    UncalibratedError,
 )
 from quantizers.numerics import FLOAT_BITS, HALF_BITS, MAX_BITS, QuantizationError, activation_range, along
 
@@ -64,7 +65,10 @@ def deployable(model: QuantizedModel, writer: Writer) -> nn.Module:
     if isinstance(network, fx.GraphModule):
         _move_quantizers(network)
     for path, module in list(network.named_modules()):
-        replacement = _replacement(module, writer)
+        try:
+            replacement = _replacement(module, writer)
+        except UncalibratedError as error:
+            raise QuantizationError(str(error)) from None
         if replacement is not None:
             network.set_submodule(path, replacement)
     if isinstance(network, fx.GraphModule):

@@ -190,6 +190,7 @@ def quantize(
         quantized.reports["reconstruction"] = report.table()
     if recipe.bias_correction:
         quantized.description["bias_correction_images"] = correct_biases(quantized, images, progress=progress)
+    quantized.round_biases()
 
 
 def quantize_weights(quantized: QuantizedModel, recipe: Recipe) -> None:

@@ -61,6 +61,7 @@ def quantization_aware_training(
         result = train(
             quantized, train_loader, validation_loader, settings, loss=loss, progress=progress, on_epoch=on_epoch
         )
+    quantized.round_biases()
     quantized.forget_float()
     quantized.description |= {"epochs": len(result.log), "best_epoch": result.best_epoch}
     return quantized, result

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -126,6 +126,7 @@ def test_the_config_has_the_backends_that_there_are():
 # ---------------------------------------------------------------------------------------------------------- activations
 
 
+@settings(deadline=None)
 @given(bits=st.sampled_from(BITS), low=st.floats(-50, 50), width=st.floats(1e-3, 100), seed=st.integers(0, 999))
 def test_signed_activations_have_the_values_of_unsigned_ones(bits, low, width, seed):
     """The integers are shifted by 2^(b-1), to the int8 that arm has; no value is another one."""
@@ -157,6 +158,7 @@ def test_a_signed_range_by_hand():
     assert quantizer(torch.tensor([-9.0, -0.6, 0.5, 1.5, 2.4, 9.0])).tolist() == [-1.0, -1.0, 0.0, 2.0, 2.0, 2.0]
 
 
+@settings(deadline=None)
 @given(bits=st.sampled_from(BITS), low=st.floats(-50, 0), high=st.floats(1e-3, 50))
 def test_symmetric_activations_have_no_zero_point_and_mirror(bits, low, high):
     """tensorrt's: zero point 0, and inside the range -x is quantized to -q(x)."""
@@ -218,6 +220,27 @@ def test_weights_keep_to_the_range_that_the_backend_has(scheme, observer, granul
         assert (off <= scale[:, None] / 2 * (1 + 1e-4))[~clipped].all()
 
 
+@pytest.mark.parametrize("observer", WEIGHT_OBSERVERS)
+def test_scales_are_for_the_range_that_there_is(observer):
+    """Half as many integers need twice the scale to clip at the same weight; -127 or -128 makes no difference to that.
+    mse, which may clip elsewhere, is never worse than clipping nothing."""
+    w = weights()
+
+    def scales(observer, scheme):
+        return Recipe(weight_observer=observer, percentile=99.0, **scheme).weight_scales().scales(w, 8, 0, "w")
+
+    def errors(scale, scheme):
+        q = quantize_weight(w, scale, 8, 0, Recipe(**scheme).int8_range())
+        return (dequantize_weight(q, scale, 0) - w).square().sum(dim=1)
+
+    for scheme, factor in (({"backend": "arm"}, 1.0), (REDUCED, 127.5 / 63.5)):
+        if observer != "mse":
+            torch.testing.assert_close(scales(observer, scheme), factor * scales(observer, {}))
+        else:
+            found = errors(scales("mse", scheme), scheme)
+            assert (found <= errors(scales("minmax", scheme), scheme)).all()
+
+
 @pytest.mark.parametrize(
     ("scheme", "limit", "expected"),
     [
@@ -273,7 +296,7 @@ def test_every_method_works_under_every_backend(method, scheme, model, loader):
     assert low <= found.min() and found.max() <= high
     assert found.min() < -60 and found.max() > 60  # so that the bounds above say something
     for layer in quantized.layers().values():
-        assert layer.bits > 8 or len(layer.weight_integer.unique()) <= layer.bounds()[1] - layer.bounds()[0] + 1
+        assert layer.bounds() == weight_range(layer.bits, (low, high))
     assert len(quantized.placement.matmuls) == (2 if scheme["backend"] == "tensorrt" else 0)
     for quantizer in quantized.activation_quantizers().values():
         assert quantizer.is_signed is (scheme["backend"] != "x86")
@@ -315,6 +338,17 @@ def test_arm_predicts_what_x86_does(method, options, model, loader):
             assert torch.equal(quantizer.scale, other.scale) and quantizer.zero_point == other.zero_point - shift
     for name, layer in arm.layers().items():
         assert torch.equal(layer.weight_integer, x86.layers()[name].weight_integer)
+
+
+@pytest.mark.parametrize("scheme", [{"backend": "arm"}, REDUCED], ids=str)
+def test_learned_rounding_keeps_to_the_range(scheme, model, loader):
+    """Where many weights are clipped, so that an integer beyond the range would be less wrong."""
+    clipped = {"weight_observer": "percentile", "percentile": 80.0}
+    quantized = quantize(model, loader, **clipped, **LEARNED, **scheme)
+    low, high = Recipe(**scheme).int8_range()
+    found = integers(quantized)
+    assert found.min() == low and found.max() == high
+    assert not torch.equal(found, integers(quantize(model, loader, **clipped, **scheme)))  # something was learned
 
 
 def test_8_bit_weights_tell_the_backends_apart(model, loader):

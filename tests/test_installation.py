@@ -30,10 +30,11 @@ def test_a_complete_installation_is_ready():
     lines = result.stdout.splitlines()
     assert lines[-1] == "Ready to run experiments!"
     said = {line[:18].strip(): line[18:].strip() for line in lines[:-2]}
-    assert required() | {"python", "device", "forward pass", "quantized forward", "metric"} == said.keys()
+    assert required() | {"python", "device", "forward pass", "quantized forward", "deployment", "metric"} == said.keys()
     assert said["python"] == sys.version.split()[0]
     assert said["torch"] == check.metadata.version("torch")
     assert "at most 16 weight levels" in said["quantized forward"]
+    assert "ONNX Runtime agrees" in said["deployment"]
     assert "Traceback" not in result.stderr
 
 

@@ -9,6 +9,7 @@ import report
 from report import (
     Study,
     best_settings,
+    deployment_table,
     latex_escape,
     markdown_escape,
     number,
@@ -312,3 +313,73 @@ def test_group_accuracy_is_the_mean_over_seeds_of_each_group():
     assert table[["attribute", "group", "n"]].values.tolist() == [["all", "", 10], ["sex", "a", 6], ["sex", "b", 0]]
     assert table["FP32"].tolist() == ["85.0", "95.0", report.MISSING]
     assert table["W4A4"].tolist() == ["60.0", "70.0", report.MISSING]
+
+
+# ------------------------------------------------------------------------------------------------------------ deployed
+
+
+def deployed() -> pd.DataFrame:
+    """The table of an FP32 model and a quantized one in two engines, one of which failed for the quantized one."""
+    rows = pd.DataFrame(
+        [
+            {
+                "cell": cell,
+                "model": "resnet50",
+                "dataset": "synthetic",
+                "seed": 0,
+                "status": "done",
+                "method": method,
+                "strategy": None,
+                "weight_bits": bits,
+                "activation_bits": bits,
+                "options": options,
+                "baseline_cell": baseline,
+                "accuracy": accuracy,
+                "worst_group_accuracy": accuracy - 0.1,
+            }
+            for cell, method, bits, options, baseline, accuracy in (
+                ("fp32", "none", np.nan, None, None, 0.9),
+                ("q8", "ptq_static", 8, '{"observer":"mse"}', "fp32", 0.85),
+            )
+        ]
+    )
+    engine = {"status": "done", "agreement": 1.0, "deployed_accuracy": 0.9, "deployed_worst_group_accuracy": 0.8}
+    found = pd.DataFrame(
+        [
+            {**engine, "cell": "fp32", "engine": "onnxruntime", "size_mb": 40.0, "latency_ms_b1": 8.0,
+             "latency_ms_b32": 100.0},
+            {**engine, "cell": "fp32", "engine": "openvino", "size_mb": 40.0, "latency_ms_b1": 6.0,
+             "latency_ms_b32": 90.0},
+            {**engine, "cell": "q8", "engine": "onnxruntime", "size_mb": 10.0, "latency_ms_b1": 2.0,
+             "latency_ms_b32": 40.0, "agreement": 0.995, "deployed_accuracy": 0.849},
+            {"status": "failed", "cell": "q8", "engine": "openvino"},
+            {**engine, "cell": "not planned", "engine": "onnxruntime", "size_mb": 1.0},
+        ]
+    )  # fmt: skip
+    return deployment_table(rows, found)
+
+
+def test_deployed_models_are_compared_with_fp32_in_the_same_engine():
+    table = deployed().set_index(["setting", "engine"])
+    assert list(table.index) == [
+        ("FP32", "onnxruntime"),
+        ("FP32", "openvino"),
+        ("W8A8 static (mse)", "onnxruntime"),
+    ]
+    quantized = table.loc[("W8A8 static (mse)", "onnxruntime")]
+    assert quantized["times smaller"] == "4.0"
+    assert quantized["times faster, 1 image"] == "4.0" and quantized["times faster, 32 images"] == "2.5"
+    assert quantized["agreement %"] == "99.5"
+    assert (quantized["accuracy %, simulated"], quantized["accuracy %, deployed"]) == ("85.0", "84.9")
+    assert (table.loc["FP32"]["times faster, 1 image"] == "–").all()  # it is compared with nothing
+
+
+def test_without_an_engine_there_is_no_section():
+    rows = result_rows()
+    nothing = pd.DataFrame(columns=["cell", "engine", "status"])
+    assert deployment_table(rows.assign(baseline_cell=None), nothing).empty
+    assert "## Deployed" not in summary_markdown(study())
+    told = summary_markdown(study(deployed=deployed()))
+    assert "## Deployed" in told and "| 99.5 |" in told
+    assert 'id="deployed"' in report_html(study(deployed=deployed()), {})
+    assert 'id="deployed"' not in report_html(study(), {})

@@ -16,6 +16,7 @@ import pytest
 import store as store_module
 from evaluation import Predictions
 from store import (
+    DEPLOYED_COLUMNS,
     GROUP_COLUMNS,
     ROW_COLUMNS,
     SCHEMA_VERSION,
@@ -54,7 +55,8 @@ DESIGN_COLUMNS = [
     *("worst_group", "groups_left_out"),
     *(f"{metric}_ci_{end}" for metric in DESIGN_METRICS for end in ("low", "high")),
     *(f"delta_{metric}" for metric in DESIGN_METRICS),
-    *["size_mb", "compression", "engine", "latency_ms_b1", "latency_ms_b32", "calibration_seconds", "training_seconds"],
+    *["size_mb", "compression", "engine", "latency_ms_b1", "latency_p95_ms_b1", "latency_ms_b32", "throughput"],
+    *["calibration_seconds", "training_seconds", "agreement"],
 ]
 
 
@@ -257,8 +259,11 @@ def test_a_temporary_is_named_after_its_process(tmp_path):
 def test_columns_are_those_of_the_design():
     assert set(DESIGN_COLUMNS) <= set(ROW_COLUMNS)
     assert len(ROW_COLUMNS) == len(set(ROW_COLUMNS))
-    group_metrics = {*DESIGN_METRICS, "worst_group", "groups_left_out"} - {"accuracy", "balanced_accuracy"}
-    assert set(ROW_COLUMNS) - set(DESIGN_COLUMNS) == {f"intersectional_{name}" for name in group_metrics}
+    metrics = {*DESIGN_METRICS, "worst_group", "groups_left_out"}
+    deployed = {f"deployed_{name}" for name in metrics}
+    intersectional = {f"intersectional_{name}" for name in metrics - {"accuracy", "balanced_accuracy"}}
+    assert set(ROW_COLUMNS) - set(DESIGN_COLUMNS) == deployed | intersectional
+    assert {"agreement", *deployed} == set(DEPLOYED_COLUMNS)
     assert {"cell", "attribute", "group", "n", "positives", "accuracy", "selection_rate"} <= set(GROUP_COLUMNS)
 
 
