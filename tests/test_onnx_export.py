@@ -28,7 +28,7 @@ BACKENDS = ("x86", "arm", "tensorrt")
 
 @functools.cache
 def quantized_small(kind: str) -> QuantizedModel:
-    """`kind`: a backend with every width of weights and activations, W8A8 or W4A8, dynamic, or odd layers."""
+    """`kind`: a backend with every width of weights and activations, W4A4, dynamic, or odd layers."""
     x, _ = pictures(64)
     if kind in BACKENDS:
         weights = [bits if bits <= MAX_BITS else HALF_BITS for bits in EVERY_WIDTH[0]]
@@ -44,7 +44,7 @@ def quantized_small(kind: str) -> QuantizedModel:
     return with_widths(trained(), x, [int(weight_bits)], [int(activation_bits)])
 
 
-KINDS = [*BACKENDS, "W8A8", "W4A4", "dynamic", "odd per_channel", "odd per_tensor"]
+KINDS = [*BACKENDS, "W4A4", "dynamic", "odd per_channel", "odd per_tensor"]
 
 
 @functools.cache
@@ -283,10 +283,9 @@ def test_nothing_tells_where_or_by_what_code_it_was_made(kind):
     assert not proto.graph.value_info
 
 
-@pytest.mark.parametrize("kind", ["x86", "dynamic"])
-def test_exporting_again_gives_the_same_bytes(kind):
-    again = to_onnx(quantized_small(kind), pictures(5, seed=3)[0], {"key": "välue"})
-    assert again.SerializeToString() == exported(kind)
+def test_exporting_again_gives_the_same_bytes():
+    again = to_onnx(quantized_small("x86"), pictures(5, seed=3)[0], {"key": "välue"})
+    assert again.SerializeToString() == exported("x86")
 
 
 # ------------------------------------------------------------------------------------------------------------- FP32
