@@ -455,6 +455,13 @@ class Deployment(Section):
     def _no_twins(cls, value):
         return _distinct(value)
 
+    @pydantic.model_validator(mode="after")
+    def _of_their_engines(self):
+        for key, default, engine in (("provider", "cpu", "onnxruntime"), ("float_precision", "f32", "openvino")):
+            if getattr(self, key) != default and engine not in self.engines:
+                raise ValueError(f"{key} = {getattr(self, key)} is of engine {engine}, which is not among the engines")
+        return self
+
     @pydantic.field_validator("cells", "export")
     @classmethod
     def _patterns(cls, value):

@@ -105,6 +105,10 @@ def export_onnx(
         raise DeploymentError("give both mean and std, or neither")
     if mean is not None and not len(mean) == len(std) == images.shape[1]:
         raise DeploymentError(f"mean and std: expected {images.shape[1]} numbers each, one for each channel")
+    if mean is not None and not _is_normalisation(mean, std):
+        raise DeploymentError(f"mean and std must be finite and std above 0, got {list(mean)} and {list(std)}")
+    if isinstance(class_names, str):
+        raise DeploymentError(f"class_names: expected a list of names, got {class_names!r}")
     description = {**getattr(model, "description", {}), **(config or {})}
     metadata = {
         "input": json.dumps(
@@ -117,7 +121,7 @@ def export_onnx(
         "config": json.dumps(description, sort_keys=True, default=str),
     }
     if cell is not None:
-        metadata["cell"] = cell
+        metadata["cell"] = str(cell)
     if class_names is not None:
         metadata["classes"] = json.dumps([str(name) for name in class_names], ensure_ascii=False)
     metadata["format"] = FILE_FORMAT  # last: a file that is cut off before it is not taken for a whole one
@@ -125,6 +129,9 @@ def export_onnx(
         proto = to_onnx(model, images, metadata)
     except (ExportError, QuantizationError) as error:
         raise DeploymentError(str(error)) from error
+    logits = proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+    if class_names is not None and len(class_names) != max(2, logits):
+        raise DeploymentError(f"class_names: {len(class_names)} names for {max(2, logits)} classes")
     try:
         write_bytes(path, proto.SerializeToString())
     except StoreError as error:
@@ -153,7 +160,7 @@ def read_onnx(path: str | Path) -> ModelFile:
     if metadata.get("format") != FILE_FORMAT:
         kind = "an ONNX file without this program's metadata" if proto.graph.node else "truncated or not an ONNX file"
         raise DeploymentError(f"{path}: {kind}; export it with deployment.export_onnx or python main.py")
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+    if proto.functions or _has_external_data(proto.graph):
         raise DeploymentError(f"{path}: its weights lie in other files; files of this program hold their own")
     try:
         onnx.checker.check_model(proto)
@@ -166,9 +173,27 @@ def read_onnx(path: str | Path) -> ModelFile:
             json.loads(metadata.get("config", "null")),
         )
         _check_metadata(file, [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim])
-    except (onnx.checker.ValidationError, ValueError, IndexError) as error:
+    except (onnx.checker.ValidationError, ValueError, IndexError, RecursionError) as error:
         raise DeploymentError(f"{path}: damaged ({' '.join(str(error).split())[:120]})") from None
     return file
+
+
+def _is_normalisation(mean: Sequence[float], std: Sequence[float]) -> bool:
+    return bool(np.isfinite([*mean, *std]).all()) and min(std) > 0
+
+
+def _has_external_data(graph) -> bool:
+    """Whether any tensor of the graph, or of a graph inside, lies in another file."""
+    import onnx
+
+    tensors = [*graph.initializer, *(tensor.values for tensor in graph.sparse_initializer)]
+    for node in graph.node:
+        for attribute in node.attribute:
+            tensors += [attribute.t, *attribute.tensors, attribute.sparse_tensor.values]
+            tensors += [tensor.values for tensor in attribute.sparse_tensors]
+            if any(map(_has_external_data, [attribute.g] if attribute.HasField("g") else attribute.graphs)):
+                return True
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors)
 
 
 def _check_metadata(file: ModelFile, shape_NCHW: list[int]) -> None:
@@ -181,6 +206,8 @@ def _check_metadata(file: ModelFile, shape_NCHW: list[int]) -> None:
         for numbers in normalisation
     ):
         raise ValueError("its metadata do not say how its images are normalised")
+    if normalisation != [None, None] and not _is_normalisation(*normalisation):
+        raise ValueError("its metadata normalise by numbers that are not finite, or by 0")
     if not isinstance(file.config, dict):
         raise ValueError("its metadata give no config")
     if file.classes is not None and not (
@@ -217,6 +244,12 @@ def load_engine(
     ):
         if value not in choices:
             raise DeploymentError(f"unknown {name} {value!r}{suggest(value, choices)}")
+    if provider != "cpu" and engine != "onnxruntime":
+        raise DeploymentError(f"provider {provider} is ONNX Runtime's; engine {engine} has none")
+    if float_precision != "f32" and engine != "openvino":
+        raise DeploymentError(f"float_precision {float_precision} is OpenVINO's; engine {engine} has none")
+    if threads is not None and threads < 1:
+        raise DeploymentError(f"threads: expected at least 1, got {threads}")
     import engines
 
     is_file = isinstance(model, (str, Path))
@@ -278,14 +311,17 @@ def classify(
     x_NCHW = load_image(image, file)
     runner = load_engine(model, engine, threads=threads, provider=provider)
     try:
-        probabilities = _probabilities(runner.predict(x_NCHW)[0])
+        logits_K = runner.predict(x_NCHW)[0]
+        if not np.isfinite(logits_K).all():
+            raise DeploymentError(f"{file.path}: its logits are not finite")
+        probabilities = _probabilities(logits_K)
         latency = runner.latency(x_NCHW, TIMED_PASSES)
     except EngineError as error:
         raise DeploymentError(f"{file.path}: {error}") from error
-    names = file.classes or [str(k) for k in range(len(probabilities))]
+    names = [_printable(name) for name in file.classes or map(str, range(len(probabilities)))]
     if len(names) != len(probabilities):
         raise DeploymentError(f"{file.path}: damaged ({len(names)} class names, {len(probabilities)} logits)")
-    order = np.argsort(-probabilities, kind="stable")[: max(1, top)]
+    order = np.argsort(-probabilities, kind="stable")[:top]
     width = max(len(names[k]) for k in order)
     lines = [f"{names[k]:<{width}}  {100 * probabilities[k]:5.1f} %" for k in order]
     where = f"{runner.name} on {runner.provider}" + (f", {threads} threads" if threads else "")
@@ -325,6 +361,11 @@ def load_image(image: str | Path, file: ModelFile) -> np.ndarray:
     return np.ascontiguousarray(x_HWC.transpose(2, 0, 1)[None], dtype=np.float32)
 
 
+def _printable(name: str) -> str:
+    """A name from a file, without what would steer a terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in name)
+
+
 def _probabilities(logits_K: np.ndarray) -> np.ndarray:
     """Softmax; of a single logit the sigmoid and its complement: class 0, class 1."""
     if len(logits_K) == 1:
@@ -333,14 +374,20 @@ def _probabilities(logits_K: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deployment.py", description="Classify a picture with an exported model.")
     parser.add_argument("model", metavar="MODEL.onnx", help="a file of export_onnx, or of results/models/")
     parser.add_argument("--image", required=True, metavar="FILE", help="the picture: its centre square is classified")
     parser.add_argument("--engine", choices=FILE_ENGINES, default="onnxruntime")
     parser.add_argument("--provider", choices=("cpu", "cuda", "tensorrt"), default="cpu", help="of onnxruntime")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: the engine's")
-    parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K most probable classes")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="default: the engine's")
+    parser.add_argument("--top", type=_positive, default=1, metavar="K", help="print the K most probable classes")
     return parser
 
 

@@ -14,6 +14,8 @@ Packages of an engine are imported where it is made.
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib
 import importlib.util
 import math
 import warnings
@@ -58,6 +60,13 @@ def check_installed(engine: str) -> None:
     module, distribution = REQUIREMENTS[engine]
     if importlib.util.find_spec(module) is None:
         raise EngineError(f"engine {engine} is not installed: python -m pip install {distribution}")
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise EngineError(
+            f"engine {engine} cannot be imported ({_line(error)}): "
+            f"python -m pip install --force-reinstall {distribution}"
+        ) from error
 
 
 # --------------------------------------------------------------------------------------------------------------- torch
@@ -75,7 +84,7 @@ class TorchEngine:
 
     def predict(self, x_NCHW: np.ndarray) -> np.ndarray:
         with torch.inference_mode(), eval_mode(self.model):
-            images = torch.from_numpy(np.ascontiguousarray(x_NCHW)).to(device_of(self.model))
+            images = torch.from_numpy(_as_images(x_NCHW)).to(device_of(self.model))
             return self.model(images).float().cpu().numpy()
 
     def latency(self, x_NCHW: np.ndarray, repeats: int = 20) -> Latency:
@@ -107,7 +116,8 @@ class OnnxRuntimeEngine:
                 stacklevel=3,
             )
             wanted = PROVIDERS["cpu"]
-        providers = list(dict.fromkeys((wanted, PROVIDERS["cpu"])))
+        behind = [PROVIDERS["cuda"]] if provider == "tensorrt" else []  # for what TensorRT does not take
+        providers = [wanted, *(name for name in (*behind, PROVIDERS["cpu"]) if name in available and name != wanted)]
         try:
             self.session = onnxruntime.InferenceSession(model, options, providers=providers)
         except Exception as error:  # its errors have no common base class
@@ -258,7 +268,8 @@ class InductorEngine:
         from quantizers.deployable import DecomposedWriter, deployable
 
         writer = DecomposedWriter()
-        self.network = deployable(model, writer) if isinstance(model, QuantizedModel) else model
+        is_quantized = isinstance(model, QuantizedModel)
+        self.network = deployable(model, writer) if is_quantized else copy.deepcopy(model).cpu().eval()
         self.threads = threads
         self.compiled = torch.compile(self.network, dynamic=False)
         self.batch = 0  # the largest batch that predict has compiled for
@@ -283,7 +294,7 @@ class InductorEngine:
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(self.threads or threads)
-            with torch.no_grad(), inductor.patch(freezing=True):
+            with torch.no_grad(), inductor.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=64):
                 yield
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             raise EngineError(f"Inductor cannot run the model: {_line(error)}") from error

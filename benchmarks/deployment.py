@@ -360,7 +360,11 @@ def take_turns(name: str, contenders: dict[str, str], folder: Path, options: arg
             for _ in range(options.turns):
                 for label in ready:
                     turns[label].append(ask(label, "turn"))
-            found |= {(name, label, batch): statistics.median(times) for label, times in turns.items()}
+            for label in workers:
+                if None in turns.get(label, [None]):
+                    print(f"{name}, batch of {batch}: {label} failed", file=sys.stderr, flush=True)
+                else:
+                    found[name, label, batch] = statistics.median(turns[label])
     finally:
         for worker in workers.values():
             worker.kill()

@@ -50,6 +50,7 @@ def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: st
     if store.is_done(cell.id):  # it only lacks a deployment
         model = load_baseline(cell, dataset, config, store, device)
         saved = store.predictions(cell.id)
+        deploy.check_same_model(model, test_loader(dataset, config, device), saved, device)
         deployed = _deploy(model, cell, dataset, saved, config, store, device, report)
         return deploy.deploy_again(cell, deployed, measure(cell, saved, names_of(dataset), config, None), config, store)
     settings = config.training.for_model(cell.model)

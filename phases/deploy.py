@@ -26,7 +26,7 @@ from evaluation import EvaluationError, Latency, latency, predict, write_model
 from phases.measure import Predicted, compression, deployed_name, measure_deployed
 from phases.plan import Cell
 from runner import FATAL, CellResult, Compute, one_line
-from store import DEPLOYED_COLUMNS, Store, StoreError, atomic_path
+from store import DEPLOYED_COLUMNS, Store, StoreError, write_errors
 
 FP32 = "FP32"
 BATCHES = (1, 32)  # of the latencies
@@ -63,9 +63,10 @@ def is_complete(cell: Cell, config: Config, store: Store) -> bool:
     if not is_selected(cell, config.deployment.cells):
         return True
     record = store.record(cell.id)
-    done = {row["engine"] for row in record["extra"].get("deployment", []) if row["status"] == "done"}
+    done = {row["engine"]: row for row in record["extra"].get("deployment", []) if row["status"] == "done"}
     return (
-        done.issuperset(config.deployment.engines)
+        done.keys() >= set(config.deployment.engines)
+        and not (config.deployment.latency and any("latency_ms_b1" not in row for row in done.values()))
         and all(store.predictions_path(deployed_name(cell.id, engine)).exists() for engine in config.deployment.engines)
         and record["row"]["engine"] == config.deployment.engines[0]
         and record["extra"].get("deployment_settings") == _settings(config)
@@ -171,6 +172,16 @@ def deploy_again(cell: Cell, deployed: CellResult, measured: CellResult, config:
     return CellResult(columns, measured.groups, extra | measured.extra)
 
 
+def check_same_model(model: nn.Module, loader: Iterable, saved: Predicted, device: str) -> None:
+    """DeploymentError unless a model that was made again predicts what the finished cell's did."""
+    differing = int((predict(model, loader, device).y_pred != saved.y_pred).sum())
+    if differing:
+        raise DeploymentError(
+            f"the model made again differs on {differing} of {len(saved.y_pred)} images from the one whose results are "
+            "there (another device or version?); compute the cell anew with --fresh"
+        )
+
+
 def keeping_results(compute: Compute, config: Config, store: Store) -> Compute:
     """`compute`, for run_cells: where a finished cell, which only lacks a deployment, fails, it keeps its results."""
 
@@ -228,12 +239,12 @@ def _run(
     """(row, group rows) of one engine."""
     settings = config.deployment
     try:
+        own = {
+            "onnxruntime": {"provider": settings.provider},
+            "openvino": {"float_precision": settings.float_precision},
+        }
         engine = load_engine(
-            exported.path if name in ("onnxruntime", "openvino") else model,
-            name,
-            threads=config.run.threads_per_cell,
-            provider=settings.provider,
-            float_precision=settings.float_precision,
+            exported.path if name in own else model, name, threads=config.run.threads_per_cell, **own.get(name, {})
         )
         deployed = predict(engine, loader, "cpu")
         costs = {"size_mb": exported.size_mb, **_latencies(engine.latency, example, config)}
@@ -280,9 +291,12 @@ def _simulation_costs(
 ) -> dict[str, Any]:
     """engine, size_mb of the packed tensors' file, and latencies of the simulation."""
     path = store.packed_path(cell.id)
-    with atomic_path(path) as temporary:
-        size = write_model(model, temporary)
-    path.unlink()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with write_errors(path):
+            size = write_model(model, temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
 
     def measured(images, repeats: int) -> Latency:
         return latency(model, torch.from_numpy(images), repeats)

@@ -91,6 +91,7 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     loader, names = test_loader(dataset, config, inputs.device), names_of(dataset)
     if store.is_done(cell.id):  # it only lacks a deployment
         saved = store.predictions(cell.id)
+        deploy.check_same_model(quantized, loader, saved, inputs.device)
         deployed = deploy.deploy(quantized, cell, dataset, saved, names, loader, config, store, report)
         measured = measure(cell, saved, names, config, baseline_row)
         return deploy.deploy_again(cell, deployed, measured, config, store)

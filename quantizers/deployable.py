@@ -1,7 +1,7 @@
 """The graph that an integer engine runs: a quantized model with its quantizers written out as quantize / dequantize
 (Q/DQ) pairs, its weights as integers with a dequantize, and quantizers where engines fuse them.
 
-What is computed stays the same to the bit: rounding is monotone, so a quantizer commutes with a concatenation and a
+What is computed stays the same: rounding is monotone, so a quantizer commutes with a concatenation and a
 maximum, and quantizing twice on one grid is quantizing once. So
 
 - a ReLU or ReLU6 that the clipping of the quantizer behind it implies is dropped;
@@ -64,13 +64,15 @@ def deployable(model: QuantizedModel, writer: Writer) -> nn.Module:
     network = copy.deepcopy(model.network).cpu().eval()
     if isinstance(network, fx.GraphModule):
         _move_quantizers(network)
-    for path, module in list(network.named_modules()):
+    replacements: dict[nn.Module, nn.Module | None] = {}  # a module that stands in several places stays one
+    for path, module in list(network.named_modules(remove_duplicate=False)):
         try:
-            replacement = _replacement(module, writer)
+            if module not in replacements:
+                replacements[module] = _replacement(module, writer)
         except UncalibratedError as error:
             raise QuantizationError(str(error)) from None
-        if replacement is not None:
-            network.set_submodule(path, replacement)
+        if replacements[module] is not None:
+            network.set_submodule(path, replacements[module])
     if isinstance(network, fx.GraphModule):
         network.delete_all_unused_submodules()
         network.recompile()
@@ -144,7 +146,6 @@ class IntegerLayer(nn.Module):
         super().__init__()
         self._writer, self._layer = [writer], [quantized.layer]  # in lists: not submodules
         self.name, self.bits, self.axis = quantized.name, quantized.bits, quantized.axis
-        self.bounds = quantized.bounds() if self.bits <= MAX_BITS else None
         self.is_per_tensor = quantized.granularity == "per_tensor"
         bias = quantized.layer.bias
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -157,6 +158,11 @@ class IntegerLayer(nn.Module):
         else:
             dtype = torch.float16 if self.bits == HALF_BITS else torch.float32
             self.register_buffer("weight_float", quantized.layer.weight.detach().to(dtype))
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer as it is simulated, for code that looks at its weights: x.to(self.conv.weight.dtype)."""
+        return self._layer[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (layer,) = self._layer

@@ -208,11 +208,21 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def round_bias(self, input_scale: torch.Tensor) -> None:
         """Round the bias to multiples of input scale x weight scale, as engines do, whose accumulators are integers
-        (Jacob et al. 2018, eq. 11): left out, it moves 4-bit activations by a percent of a level."""
-        if self.layer.bias is not None and self.bits <= MAX_BITS:
-            step = input_scale * self.weight_scale
-            integer = (self.layer.bias / step).round_().clamp_(-INT32_MAX, INT32_MAX)
-            self.layer.bias.copy_(integer * step)
+        (Jacob et al. 2018, eq. 11): left out, it moves 4-bit activations by a percent of a level.
+
+        A channel of almost no weight (a BatchNorm that training has switched off) may have a bias beyond int32: its
+        weights get the larger scale at which the bias fits, with which they are rounded again."""
+        bias = self.layer.bias
+        if bias is None or self.bits > MAX_BITS:
+            return
+        least = bias.abs() / (input_scale * LARGEST_BIAS)
+        least = least.amax(dim=0, keepdim=True) if self.granularity == "per_tensor" else least
+        scale = torch.maximum(self.weight_scale, least)
+        if not torch.equal(scale, self.weight_scale):
+            weight = dequantize_weight(self.weight_integer, self.weight_scale, self.axis)
+            self.set_weights(quantize_weight(weight, scale, self.bits, self.axis, self.int8_range), scale)
+        step = input_scale * self.weight_scale
+        bias.copy_((bias / step).round_() * step)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_float and self.float_weight is not None:
@@ -252,7 +262,7 @@ class QuantizedInputLayer(nn.Sequential):
         return self[1].layer.bias
 
 
-INT32_MAX = 2**31 - 1
+LARGEST_BIAS = 2**30  # multiples of its step: half of what an int32 accumulator holds
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ACTIVATION_QUANTIZERS = (ActivationQuantizer, DynamicActivationQuantizer)
 

@@ -164,7 +164,7 @@ def quantized_by(case: str) -> tuple[QuantizedModel, bytes]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_onnx_runtime_predicts_what_the_simulation_does(case):
-    """Of 128 images the same class, and logits that differ by less than quantization changes them."""
+    """The same class, and the same logits but where a value at a tie was rounded the other way."""
     quantized, content = quantized_by(case)
     x, _ = pictures(128, 7)
     engine = OnnxRuntimeEngine(content, THREADS)
@@ -172,7 +172,7 @@ def test_onnx_runtime_predicts_what_the_simulation_does(case):
     assert found.shape == (128, CLASSES) and found.dtype == np.float32
     assert len(np.unique(expected.argmax(1))) == CLASSES
     assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.99
-    assert np.sqrt(np.mean((found - expected) ** 2)) < 0.02 * expected.std()
+    assert_same(found, expected, share=0.9)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "dynamic"])
@@ -186,7 +186,7 @@ def test_openvino_predicts_what_the_simulation_does(case):
     assert found.shape == (128, CLASSES) and found.dtype == np.float32
     has_few_levels = min(q.bits for q in quantized.activation_quantizers().values()) < 8
     assert (found.argmax(1) == expected.argmax(1)).mean() >= (0.9 if has_few_levels else 0.98)
-    assert np.sqrt(np.mean((found - expected) ** 2)) < (0.25 if has_few_levels else 0.05) * expected.std()
+    assert np.sqrt(np.mean((found - expected) ** 2)) < (0.2 if has_few_levels else 0.02) * expected.std()
 
 
 # --------------------------------------------------------------------------------------------------------- for OpenVINO

@@ -794,3 +794,34 @@ def test_cuda_gives_what_the_cpu_gives(name):
     assert (dynamic(x.cuda()).cpu() - ptq_dynamic(model.cpu(), weight_bits=8, activation_bits=8)(x)).norm() < (
         0.05 * reference.norm()
     )
+
+
+def test_the_bias_of_a_channel_without_weights_survives():
+    """A BatchNorm with a gain of almost 0 leaves a bias that is no int32 multiple of its step."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    with torch.no_grad():
+        model[1].weight[0], model[1].bias[0] = 1e-9, 0.7
+    x = images(8, 8)
+    for granularity in ("per_channel", "per_tensor"):
+        quantized = ptq_static(model, x, weight_bits=8, activation_bits=8, weight_granularity=granularity)
+        layer = quantized.layers()["0"]
+        assert layer.layer.bias[0].item() == pytest.approx(0.7, rel=1e-4)
+        step = quantized.activation_quantizers()["x" if "x" in quantized.activation_quantizers() else "input_1"].scale
+        multiples = layer.layer.bias / (step * layer.weight_scale)
+        assert (multiples.abs() <= 2**30 * 1.001).all()
+        assert (multiples - multiples.round()).abs().max() <= 1e-6 * multiples.abs().max()
+        with torch.no_grad():
+            assert (quantized(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()
+
+
+def test_biases_are_multiples_of_what_an_accumulator_counts_in():
+    quantized = ptq_static(settled("mobilenet_v2"), images(16), weight_bits=4, activation_bits=4)
+    modules = dict(quantized.network.named_modules())
+    checked = 0
+    for node in quantized.network.graph.nodes:
+        layer = modules.get(node.target)
+        if isinstance(layer, QuantizedLayer):
+            multiples = layer.layer.bias / (modules[node.args[0].target].scale * layer.weight_scale)
+            assert (multiples - multiples.round()).abs().max() < 0.01  # float32: up to 10^5 of them
+            checked += 1
+    assert checked == 53
