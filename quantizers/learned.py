@@ -45,6 +45,7 @@ class LearnedActivation(nn.Module):
     def __init__(self, quantizer: ActivationQuantizer):
         super().__init__()
         self._quantizer = [quantizer]
+        self.bits = quantizer.bits
         self.register_buffer("scale", quantizer.scale.clone())
         self.theta = nn.Parameter(torch.zeros_like(self.scale))
         zero_point = float(quantizer.zero_point)

@@ -319,14 +319,14 @@ class QuantizedModel(nn.Module):
         """Put every bias onto the grid of its layer's accumulator, where the layer has one input, of 8 bits or fewer,
         whose scale is known."""
         scales: dict[QuantizedLayer, list[ActivationQuantizer]] = {}
-        for quantizer, layer in self._inputs():
+        for quantizer, layer in self.inputs():
             scales.setdefault(layer, []).append(quantizer)
         for layer, quantizers in scales.items():
             (quantizer,) = quantizers if len(set(quantizers)) == 1 else (None,)
             if isinstance(quantizer, ActivationQuantizer) and quantizer.bits <= MAX_BITS:
                 layer.round_bias(quantizer.scale)
 
-    def _inputs(self) -> Iterator[tuple[nn.Module, QuantizedLayer]]:
+    def inputs(self) -> Iterator[tuple[nn.Module, QuantizedLayer]]:
         """Each layer with a quantizer that it reads."""
         if isinstance(self.network, fx.GraphModule):
             modules = dict(self.network.named_modules())

@@ -81,7 +81,11 @@ def learnable(model: QuantizedModel) -> Iterator[None]:
             return LearnedActivation(module)
         return None
 
+    inputs = list(model.inputs())
     with replaced(model, learned) as replacements:
+        for quantizer, layer in inputs:
+            if layer in replacements:
+                replacements[layer].inputs.append(replacements.get(quantizer))
         try:
             yield
         finally:
@@ -95,6 +99,7 @@ class LearnedLayer(nn.Module):
     def __init__(self, quantized: QuantizedLayer):
         super().__init__()
         self._quantized = [quantized]  # in a list: not a submodule
+        self.inputs: list[LearnedActivation | None] = []  # likewise: what quantizes its input, once for each call
         self.axis, self.bounds = quantized.axis, quantized.bounds()
         weight = quantized.float_weight
         others = [dim for dim in range(weight.ndim) if dim != self.axis]
@@ -116,7 +121,15 @@ class LearnedLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = along(self.current_scale(), self.axis, self.weight.ndim)
         weight = LearnedStep.apply(self.weight * self.unit, scale, *self.bounds, self.gradient_scale)
-        return torch.func.functional_call(self.layer, {"weight": weight, "bias": self.bias}, (x,))
+        return torch.func.functional_call(self.layer, {"weight": weight, "bias": self.rounded_bias()}, (x,))
+
+    def rounded_bias(self) -> torch.Tensor | None:
+        """As `QuantizedLayer.round_bias` will round it, with the gradient of the identity."""
+        (source,) = set(self.inputs) if len(set(self.inputs)) == 1 else (None,)
+        if self.bias is None or source is None or source.bits > MAX_BITS:
+            return self.bias
+        step = (source.current_scale() * self.current_scale()).detach()
+        return self.bias + ((self.bias / step).round() * step - self.bias).detach()
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -125,4 +138,4 @@ class LearnedLayer(nn.Module):
         integer = quantize_weight(self.weight * self.unit, scale, quantized.bits, self.axis, quantized.int8_range)
         quantized.set_weights(integer, scale)
         if self.bias is not None:
-            quantized.set_bias(self.bias)
+            quantized.set_bias(self.rounded_bias())

@@ -113,13 +113,19 @@ def test_complete_is_done_and_deployed_as_the_config_wants_it(tmp_path):
     store.write_predictions(f"{W8A8.id}@onnxruntime", anything)
     assert not complete(cells="['*:*:8']")
     write("onnxruntime", {"engine": "onnxruntime", "status": "done"})
+    assert not complete(cells="['*:*:8']")  # it was run when latencies were not wanted
+    assert complete("deployment.latency=false", cells="['*:*:8']")
+    write("onnxruntime", {"engine": "onnxruntime", "status": "done", "latency_ms_b1": 1.0})
     assert complete(cells="['*:*:8']")
     assert not complete("deployment.provider=cuda", cells="['*:*:8']")
     assert complete("deployment.provider=cuda")  # it is not run
     assert complete("deployment.latency=false", cells="['*:*:8']")  # times decide nothing
     both = "deployment.engines=[openvino, onnxruntime]"
     assert not complete(both, cells="['*:*:8']")
-    write("onnxruntime", *({"engine": name, "status": "done"} for name in ("onnxruntime", "openvino")))
+    write(
+        "onnxruntime",
+        *({"engine": name, "status": "done", "latency_ms_b1": 1.0} for name in ("onnxruntime", "openvino")),
+    )
     store.write_predictions(f"{W8A8.id}@openvino", anything)
     assert complete(cells="['*:*:8']")  # one engine more than it wants
     assert not complete(both, cells="['*:*:8']")  # the row is to be the other one's
@@ -621,7 +627,7 @@ def test_a_finished_cell_is_never_lost_to_its_deployment(copied, finished, monke
         "model": "phases.derived.apply_quantization",
     }[place]
     monkeypatch.setattr(target, broken)
-    other = ("--set", "deployment.float_precision=bf16")  # which ONNX Runtime does not look at, but who knows
+    other = ("--set", "deployment.provider=cuda")  # which ONNX Runtime does not look at, but who knows
     assert study(config, results, *other, phases=("quantization",)) == 1
     assert f"deployment failed: {cell}: onnxruntime: MemoryError: out of memory" in capsys.readouterr().out
     row, reference = row_of(results, cell), row_of(finished[1], cell)

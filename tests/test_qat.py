@@ -231,3 +231,14 @@ def test_modules_are_put_back_when_something_fails(trained, images):
     with pytest.raises(RuntimeError, match="stop"), learnable(quantized):
         raise RuntimeError("stop")
     assert [type(module) for module in quantized.modules()] == kinds
+
+
+def test_the_bias_that_is_trained_is_the_one_that_ships(trained, images):
+    """Inside the training biases are rounded as an engine rounds them, so that nothing changes at its end."""
+    quantized = attached(trained, images, 3, 4).eval()
+    with learnable(quantized), torch.no_grad():
+        for parameter in quantized.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+        learned = quantized(images)
+    quantized.round_biases()
+    torch.testing.assert_close(quantized(images), learned, rtol=1e-5, atol=1e-5)
