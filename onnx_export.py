@@ -4,8 +4,9 @@ PyTorch's exporter writes the graph; the integers are packed afterwards into the
 INT2 (opset 25), INT4 (opset 21) or INT8, four, two or one to a byte. Widths between go into the next wider type.
 Activations of fewer than 8 bits are quantized to 8-bit integers and clipped to theirs. INT2
 and INT4 are cast to INT8 before they are dequantized: engines do that once, when they load the file, and then run their
-INT8 kernels, which they do not do for a DequantizeLinear of the narrow types. The file holds nothing of the program
-that wrote it: numpy and onnxruntime are enough to run it.
+INT8 kernels, which they do not do for a DequantizeLinear of the narrow types. A layer with wide channels has them in a
+tensor of their own; behind the casts the two are joined and put into order, which engines do when they load the file,
+too. The file holds nothing of the program that wrote it: numpy and onnxruntime are enough to run it.
 """
 
 from __future__ import annotations
@@ -50,19 +51,26 @@ def type_bits(bits: int) -> int:
 
 
 def weight_table(model: nn.Module) -> list[dict[str, Any]]:
-    """A row for each quantized layer: `layer, bits, type, parameters`; none for a float model."""
+    """A row for each quantized layer: `layer, bits, type, parameters`, and one more for its wide channels, where it has
+    such; none for a float model."""
     if not isinstance(model, QuantizedModel):
         return []
-    return [
-        {"layer": name, "bits": layer.bits, "type": TYPE_NAMES[type_bits(layer.bits)],
-         "parameters": layer.layer.weight.numel()}
-        for name, layer in model.layers().items()
-    ]  # fmt: skip
+    rows = []
+    for name, layer in model.layers().items():
+        weight, wide = layer.layer.weight, layer.wide_count()
+        wide *= weight.numel() // weight.shape[layer.axis]
+        for bits, parameters in ((layer.bits, weight.numel() - wide), (layer.wide_bits, wide)):
+            if parameters:
+                row = {"layer": name, "bits": bits, "type": TYPE_NAMES[type_bits(bits)], "parameters": parameters}
+                rows.append(row)
+    return rows
 
 
 def to_onnx(model: nn.Module, example: torch.Tensor, metadata: Mapping[str, str]) -> onnx.ModelProto:
     """The model, images (N, 3, H, W) -> logits (N, K), as ONNX with a dynamic batch axis. `example` (n, 3, H, W) gives
     the size of an image. ExportError for a model that PyTorch's exporter or the checker of ONNX refuses."""
+    if getattr(model, "reads_groups", False):
+        raise ExportError("thresholds of groups read the group of each image, which no engine gets: export its .model")
     layers: dict[str, IntegerLayer] = {}
     if isinstance(model, QuantizedModel):
         network = deployable(model, OnnxWriter())
@@ -145,26 +153,62 @@ def _may_fold(node: ir.Node) -> bool | None:
 def _pack_weights(proto: onnx.ModelProto, layers: Mapping[str, IntegerLayer]) -> None:
     """Give each integer weight the narrowest type that holds its width, with a cast to INT8 behind the narrow ones."""
     own = {f"{path}.weight_integer": layer for path, layer in layers.items() if layer.bits <= MAX_BITS}
-    found, casts = set(), []
-    for place, tensor in enumerate(proto.graph.initializer):
-        if tensor.name not in own:
-            continue
-        found.add(tensor.name)
-        width = type_bits(own[tensor.name].bits)
-        integers = numpy_helper.to_array(tensor)
-        packed = numpy_helper.from_array(integers.astype(PACKED_TYPES[width]), tensor.name)
-        proto.graph.initializer[place].CopyFrom(packed)
-        if width < MAX_BITS:
-            casts.append(helper.make_node("Cast", [tensor.name], [f"{tensor.name}_int8"], to=onnx.TensorProto.INT8))
-    cast = {node.input[0]: node.output[0] for node in casts}
+    found: set[str] = set()
+    nodes, tensors, renamed = [], [], {}
+    for tensor in proto.graph.initializer:
+        if tensor.name in own:
+            found.add(tensor.name)
+            stored, behind = _packed(tensor.name, numpy_helper.to_array(tensor), own[tensor.name])
+            tensors += stored
+            nodes += behind
+            if behind:
+                renamed[tensor.name] = behind[-1].output[0]
+        else:
+            tensors.append(tensor)
     for node in proto.graph.node:
         for place, name in enumerate(node.input):
-            node.input[place] = cast.get(name, name)
-    for node in reversed(casts):
-        proto.graph.node.insert(0, node)
+            node.input[place] = renamed.get(name, name)
+    nodes += list(proto.graph.node)
+    del proto.graph.initializer[:], proto.graph.node[:]
+    proto.graph.initializer.extend(tensors)
+    proto.graph.node.extend(nodes)
     for name in sorted(set(own) - found):  # of equal small tensors the exporter keeps one
         if not any(torch.equal(own[name].weight_integer, own[other].weight_integer) for other in found):
             raise ExportError(f"{name}: the exporter did not keep these weights as integers")
+
+
+def _packed(
+    name: str, integers: np.ndarray, layer: IntegerLayer
+) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+    """The tensors that hold a layer's integers, and the nodes that make INT8 weights of them, the last of which gives
+    these; none where the tensor itself is INT8."""
+    width, wide_width = type_bits(layer.bits), type_bits(layer.wide_bits)
+    if layer.wide_channels is None or bool(layer.wide_channels.all()) or width == wide_width:
+        width = width if layer.wide_channels is None else wide_width
+        tensor = numpy_helper.from_array(integers.astype(PACKED_TYPES[width]), name)
+        return [tensor], [_cast(name, onnx.TensorProto.INT8)] if width < MAX_BITS else []
+    wide, tensors, nodes, joined = layer.wide_channels.cpu().numpy(), [], [], []
+    for part, channels, bits in ((name, ~wide, width), (f"{name}_wide", wide, wide_width)):
+        values = integers.compress(channels, axis=layer.axis)
+        tensors.append(numpy_helper.from_array(values.astype(PACKED_TYPES[bits]), part))
+        if bits < MAX_BITS:
+            nodes.append(_cast(part, onnx.TensorProto.INT8))
+        joined.append(nodes[-1].output[0] if bits < MAX_BITS else part)
+    # where each channel stands among the narrow ones and, behind them, the wide ones
+    place_O = np.argsort(np.argsort(wide, kind="stable"), kind="stable")
+    order = f"{name}_order"
+    tensors.append(numpy_helper.from_array(place_O.astype(np.min_scalar_type(len(wide) - 1)), order))
+    nodes += [
+        helper.make_node("Concat", joined, [f"{name}_joined"], axis=layer.axis),
+        _cast(order, onnx.TensorProto.INT32),
+        helper.make_node("Gather", [f"{name}_joined", f"{order}_int32"], [f"{name}_int8_ordered"], axis=layer.axis),
+    ]
+    return tensors, nodes
+
+
+def _cast(name: str, to: int) -> onnx.NodeProto:
+    suffix = onnx.TensorProto.DataType.Name(to).lower()
+    return helper.make_node("Cast", [name], [f"{name}_{suffix}"], to=to)
 
 
 def _finish(proto: onnx.ModelProto, ir_version: int, metadata: Mapping[str, str]) -> None:

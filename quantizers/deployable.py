@@ -147,6 +147,8 @@ class IntegerLayer(nn.Module):
         self._writer, self._layer = [writer], [quantized.layer]  # in lists: not submodules
         self.name, self.bits, self.axis = quantized.name, quantized.bits, quantized.axis
         self.is_per_tensor = quantized.granularity == "per_tensor"
+        self.wide_bits = quantized.wide_bits
+        self.wide_channels = quantized.wide_channels  # (O,) bool or None: those with wide_bits instead of bits
         bias = quantized.layer.bias
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         if self.bits <= MAX_BITS:
@@ -196,7 +198,7 @@ def _push(network: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module])
         return
     source = node.args[0]
     while len(source.users) == 1 and is_rectifier(source, modules) and _implies(quantizer, source, modules):
-        before = source.args[0]
+        before = source.all_input_nodes[0]
         source.replace_all_uses_with(before)
         network.graph.erase_node(source)
         source = before

@@ -83,7 +83,7 @@ def make_plan(network: fx.GraphModule) -> Plan:
             high = bounds[0] if high is None else high if bounds[0] is None else min(high, bounds[0])
             if source.op == "call_module":
                 bypassed.append(modules[source.target])
-            relu, source = source, source.args[0]
+            relu, source = source, source.all_input_nodes[0]
             relu.replace_all_uses_with(source)
             graph.erase_node(relu)
         name = f"fast_{len(fast)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from quantizers.numerics import (
     dequantize_weight,
     fake_quantize,
     pack_bits,
-    quantize_weight,
+    round_weight,
     unpack_bits,
     weight_range,
 )
@@ -134,6 +135,8 @@ class QuantizedLayer(nn.Module):
     onto the grid of an engine's int32 accumulator. Of 16 bits the weights are float16, of 32 what they were; both then
     have no integers and no scale.
 
+    `wide_channels` (O,) bool says which output channels have `wide_bits` instead of `bits`; None: none of them.
+
     `float_weight` and `float_bias` are the parameters as they were before, kept from the first quantization until
     `QuantizedModel.forget_float`, for whatever chooses the rounding, the bias or the width.
     """
@@ -160,8 +163,10 @@ class QuantizedLayer(nn.Module):
         self.set_bits(bits)
 
     def set_bits(self, bits: int) -> None:
-        """Another width; the weights have to be quantized anew."""
+        """Another width, of all channels; the weights have to be quantized anew."""
         self.bits = _check_wide_bits(bits, self.name)
+        self.wide_bits = MAX_BITS
+        self.register_buffer("wide_channels", None)
         weight = self.layer.weight
         channels = 1 if self.granularity == "per_tensor" else weight.shape[self.axis]
         is_integer = bits <= MAX_BITS
@@ -170,21 +175,58 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_integer", integer)
 
+    def set_wide_channels(self, wide_O: torch.Tensor, wide_bits: int = MAX_BITS) -> None:
+        """Give the output channels that `wide_O` (O,) marks `wide_bits` of weights, the others the layer's; where that
+        changes anything, the weights have to be quantized anew. QuantizationError for a layer with one scale for all
+        channels, or that is as wide already."""
+        weight = self.layer.weight
+        wide_O = torch.as_tensor(wide_O, device=weight.device)
+        channels = weight.shape[self.axis]
+        if wide_O.dtype != torch.bool or wide_O.shape != (channels,):
+            raise QuantizationError(
+                f"{self.name}: wide channels are {channels} booleans, got {tuple(wide_O.shape)} {wide_O.dtype}"
+            )
+        if not bool(wide_O.any()):
+            if self.wide_channels is not None:
+                self.set_bits(self.bits)
+            return
+        check_bits(wide_bits, f"{self.name}: wide_bits")
+        if self.granularity != "per_channel":
+            raise QuantizationError(f"{self.name}: wide channels need a scale each: set weight_granularity per_channel")
+        if self.bits >= wide_bits:
+            raise QuantizationError(f"{self.name}: it has {self.bits} bits, its wide channels need more than that")
+        if self.wide_channels is not None and self.wide_bits == wide_bits and torch.equal(self.wide_channels, wide_O):
+            return
+        self.set_bits(self.bits)
+        self.wide_bits = wide_bits
+        self.wide_channels = wide_O.clone()
+
     @torch.no_grad()
     def quantize_weights(self, choose_scales: Callable[[torch.Tensor, int, int, str], torch.Tensor]) -> None:
         """Round the float weights onto the grid of the scales that `choose_scales(w, bits, axis, name)` gives."""
         self.keep_float()
         if self.bits <= MAX_BITS:
             scale = choose_scales(self.float_weight, self.bits, self.axis, self.name)
-            self.set_weights(quantize_weight(self.float_weight, scale, self.bits, self.axis, self.int8_range), scale)
+            if self.wide_channels is not None:
+                (wide,) = self.wide_channels.nonzero(as_tuple=True)
+                wide_weight = self.float_weight.index_select(self.axis, wide)
+                scale[wide] = choose_scales(wide_weight, self.wide_bits, self.axis, self.name)
+            self.set_weights(round_weight(self.float_weight, scale, self.axis, self.bounds()), scale)
         else:
             self.layer.weight.copy_(self.float_weight.half() if self.bits == HALF_BITS else self.float_weight)
             if not bool(torch.isfinite(self.layer.weight).all()):
                 raise QuantizationError(f"{self.name}: its weights are not finite in float16")
 
-    def bounds(self) -> tuple[int, int]:
-        """The smallest and the largest integer of the weights."""
-        return weight_range(self.bits, self.int8_range)
+    def bounds(self) -> tuple[int, int] | tuple[torch.Tensor, torch.Tensor]:
+        """The smallest and the largest integer of the weights; where some channels are wide, tensors that broadcast
+        against the weights."""
+        narrow = weight_range(self.bits, self.int8_range)
+        if self.wide_channels is None:
+            return narrow
+        weight, wide = self.layer.weight, weight_range(self.wide_bits, self.int8_range)
+        is_wide = along(self.wide_channels, self.axis, weight.ndim)
+        low, high = (torch.where(is_wide, *ends).to(weight.dtype) for ends in zip(wide, narrow, strict=True))
+        return low, high
 
     def keep_float(self) -> None:
         if self.float_weight is None:
@@ -220,7 +262,7 @@ class QuantizedLayer(nn.Module):
         scale = torch.maximum(self.weight_scale, least)
         if not torch.equal(scale, self.weight_scale):
             weight = dequantize_weight(self.weight_integer, self.weight_scale, self.axis)
-            self.set_weights(quantize_weight(weight, scale, self.bits, self.axis, self.int8_range), scale)
+            self.set_weights(round_weight(weight, scale, self.axis, self.bounds()), scale)
         step = input_scale * self.weight_scale
         bias.copy_((bias / step).round_() * step)
 
@@ -232,18 +274,70 @@ class QuantizedLayer(nn.Module):
 
     def weight_bytes(self) -> int:
         """What the weights and scales take in the model's file."""
-        return self.bytes_at(self.bits)
+        return self.bytes_at(self.bits, self.wide_count(), self.wide_bits)
 
-    def bytes_at(self, bits: int) -> int:
-        """What they would take with `bits` bits."""
+    def bytes_at(self, bits: int, wide_channels: int = 0, wide_bits: int = MAX_BITS) -> int:
+        """What they would take with `bits` bits, and with `wide_bits` in so many channels; where there are such, a bit
+        for each channel marks them."""
         weight = self.layer.weight
         if bits > MAX_BITS:
             return weight.numel() * bits // 8
-        scales = 1 if self.granularity == "per_tensor" else weight.shape[self.axis]
-        return -(-weight.numel() * bits // 8) + 4 * scales
+        channels = weight.shape[self.axis]
+        wide = wide_channels * (weight.numel() // channels)
+        marks = -(-channels // 8) if wide_channels else 0
+        scales = 1 if self.granularity == "per_tensor" else channels
+        return -(-(weight.numel() - wide) * bits // 8) - (-wide * wide_bits // 8) + marks + 4 * scales
+
+    def wide_count(self) -> int:
+        return 0 if self.wide_channels is None else int(self.wide_channels.sum())
 
     def extra_repr(self) -> str:
-        return f"{self.name}, bits={self.bits}"
+        wide = "" if self.wide_channels is None else f", {self.wide_count()} channels of {self.wide_bits}"
+        return f"{self.name}, bits={self.bits}{wide}"
+
+    # ----------------------------------------------------------------------------------------------------------- files
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """The integers in as many bits as they have, uint8: of the narrow channels and, where there are some, of the
+        wide ones, and which these are."""
+        wide = self.wide_channels
+        if wide is None:
+            return {"weight_packed": _packed(self.weight_integer, self.bits)}
+        integer_OK = self.weight_integer.movedim(self.axis, 0)
+        return {
+            "weight_packed": _packed(integer_OK[~wide], self.bits),
+            "wide_weight_packed": _packed(integer_OK[wide], self.wide_bits),
+            "wide_channels_packed": torch.from_numpy(pack_bits(wide.cpu().numpy(), 1)),
+        }
+
+    def unpack(self, packed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The inverse of `pack`: the integers, and which channels are wide. The layer stays as it is."""
+        shape = self.weight_integer.shape
+        if "wide_channels_packed" not in packed:
+            return _unpacked(packed["weight_packed"], self.bits, shape), None
+        if "wide_weight_packed" not in packed:
+            raise QuantizationError(f"{self.name}: wide channels without weights in the file")
+        wide = torch.from_numpy(unpack_bits(packed["wide_channels_packed"].numpy(), 1, shape[self.axis])).bool()
+        integer_OK = self.weight_integer.movedim(self.axis, 0).cpu().clone()
+        for name, bits, channels in (("weight_packed", self.bits, ~wide), ("wide_weight_packed", self.wide_bits, wide)):
+            integer_OK[channels] = _unpacked(packed[name], bits, (int(channels.sum()), *integer_OK.shape[1:]))
+        return integer_OK.movedim(0, self.axis).contiguous(), wide
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}weight_integer" in state_dict:
+            wide = state_dict.get(f"{prefix}wide_channels")  # there where some channels are wide
+            self.wide_channels = None if wide is None else wide.to(self.layer.weight.device, copy=True)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _packed(integer: torch.Tensor, bits: int) -> torch.Tensor:
+    offset = integer.cpu().numpy().astype(np.int16) - weight_range(bits)[0]
+    return torch.from_numpy(pack_bits(offset, bits))
+
+
+def _unpacked(packed: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
+    values = unpack_bits(packed.numpy(), bits, math.prod(shape))
+    return torch.from_numpy(values.astype(np.int16) + weight_range(bits)[0]).to(torch.int8).reshape(shape)
 
 
 def _check_wide_bits(bits: int, what: str) -> int:
@@ -374,17 +468,16 @@ class QuantizedModel(nn.Module):
                     if module.bits == HALF_BITS:
                         state[f"{path}.layer.weight"] = state[f"{path}.layer.weight"].half()
                     continue
-                del state[f"{path}.layer.weight"]
-                offset = (
-                    state.pop(f"{path}.weight_integer").cpu().numpy().astype(np.int16) - weight_range(module.bits)[0]
-                )
-                packed[f"{path}.weight_packed"] = torch.from_numpy(pack_bits(offset, module.bits))
+                del state[f"{path}.layer.weight"], state[f"{path}.weight_integer"]
+                state.pop(f"{path}.wide_channels", None)
+                packed |= {f"{path}.{name}": tensor for name, tensor in module.pack().items()}
         rest = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
         return {**packed, **{name: tensor.detach().cpu().contiguous() for name, tensor in rest.items()}}
 
     def packed_metadata(self) -> dict[str, str]:
         layers = {
             path: {"bits": module.bits, "axis": module.axis, "shape": list(module.layer.weight.shape)}
+            | ({} if module.wide_channels is None else {"wide_bits": module.wide_bits})
             for path, module in self.named_modules()
             if isinstance(module, QuantizedLayer)
         }
@@ -397,9 +490,11 @@ class QuantizedModel(nn.Module):
         """The inverse of `packed_tensors`, into a model of the same structure. QuantizationError otherwise."""
         state = dict(tensors)
         own = self.state_dict()
+        wide_channels = {}
         for path, module in self.named_modules():
             if not isinstance(module, QuantizedLayer):
                 continue
+            own.pop(f"{path}.wide_channels", None)
             bias = state.get(f"{path}.layer.bias")
             if bias is not None and module.layer.bias is None:  # what a bias correction gave it
                 module.set_bias(bias)
@@ -409,21 +504,21 @@ class QuantizedModel(nn.Module):
                 continue
             if f"{path}.weight_packed" not in state:
                 raise QuantizationError(f"{path}: no packed weights in the file: it is of another model")
-            shape = module.weight_integer.shape
-            values = unpack_bits(state.pop(f"{path}.weight_packed").numpy(), module.bits, shape.numel())
-            integer = (
-                torch.from_numpy(values.astype(np.int16) + weight_range(module.bits)[0]).to(torch.int8).reshape(shape)
-            )
+            packed = {name: state.pop(f"{path}.{name}") for name in PACKED_PARTS if f"{path}.{name}" in state}
+            integer, wide = module.unpack(packed)
+            if wide is not None:
+                wide_channels[f"{path}.wide_channels"] = wide
             state[f"{path}.weight_integer"] = integer
             state[f"{path}.layer.weight"] = dequantize_weight(integer, state[f"{path}.weight_scale"], module.axis)
         state |= {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")}
         if set(state) != set(own):
             raise QuantizationError(f"the file is of another model: {sorted(set(state) ^ set(own))[0]} does not match")
-        self.load_state_dict(state)
+        self.load_state_dict(state | wide_channels)
 
 
 def _ignore(x: torch.Tensor) -> None:
     pass
 
 
+PACKED_PARTS = ("weight_packed", "wide_weight_packed", "wide_channels_packed")  # what QuantizedLayer.pack gives
 PACKED_FORMAT = "beyond-naive-quantization/packed/1"

@@ -106,8 +106,12 @@ def quantize_weight(
     w: torch.Tensor, scale_O: torch.Tensor, bits: int, axis: int, int8_range: tuple[int, int] = INT8_RANGE
 ) -> torch.Tensor:
     """int8 tensor of the shape of w; `axis` is the output-channel dimension."""
-    qmin, qmax = weight_range(bits, int8_range)
-    return w.div(along(scale_O, axis, w.ndim)).round_().clamp_(qmin, qmax).to(torch.int8)
+    return round_weight(w, scale_O, axis, weight_range(bits, int8_range))
+
+
+def round_weight(w: torch.Tensor, scale_O: torch.Tensor, axis: int, bounds: tuple) -> torch.Tensor:
+    """The same between `bounds`: two integers, or tensors that broadcast against w."""
+    return w.div(along(scale_O, axis, w.ndim)).round_().clamp_(*bounds).to(torch.int8)
 
 
 def dequantize_weight(q: torch.Tensor, scale_O: torch.Tensor, axis: int) -> torch.Tensor:

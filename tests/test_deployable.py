@@ -293,6 +293,25 @@ def test_a_rectifier_is_dropped_exactly_where_the_quantizer_implies_it(rectifier
         assert (rectifiers(network) == []) is is_implied, (scale, zero_point)
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.three(F.relu(inplace=True, input=self.two(self.relu(input=self.one(x))))).mean((2, 3))
+
+
+@pytest.mark.parametrize("widths", [WIDTHS["W8A8"], WIDTHS["W4A4"]], ids=str)
+def test_rectifiers_called_by_keyword_are_dropped_too(widths):
+    torch.manual_seed(0)
+    x, _ = pictures(16)
+    quantized = with_widths(ByKeyword().eval(), x, *widths)
+    assert torch.equal(*both(quantized, x))
+    assert rectifiers(deployable(quantized, ByHand())) == []
+
+
 class Branching(nn.Module):
     """What a rectifier reads or gives has another reader; a pooling of a concatenation of poolings."""
 

@@ -73,6 +73,28 @@ def test_every_kind_of_place(small, scheme, bits):
     assert len(quantized._plan[0].bypassed) > len(quantized.activation_quantizers())  # ReLUs are among them
 
 
+class ByKeyword(nn.Module):
+    """Rectifiers that are called by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three, self.four = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.relu = nn.ReLU6()
+
+    def forward(self, x):
+        x = self.two(self.relu(input=self.one(x)))
+        return self.four(F.relu6(inplace=False, input=self.three(F.relu(input=x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rectifiers_called_by_keyword(bits):
+    torch.manual_seed(0)
+    quantized = ptq_static(ByKeyword().eval(), images(16), weight_bits=8, activation_bits=bits)
+    plain, fast = both(quantized, images())
+    assert torch.equal(plain, fast)
+    assert len(quantized._plan[0].bypassed) == len(quantized.activation_quantizers()) + 1  # the module among them
+
+
 @pytest.mark.parametrize("zero_point", [0.0, 3.0, 12.0])
 @pytest.mark.parametrize("scale", [0.05, 0.3, 0.731, 2.0])
 @pytest.mark.parametrize("high", [None, 6.0])
