@@ -16,6 +16,7 @@ from torch import fx, nn
 from evaluation import device_of, eval_mode
 from quantizers.execution import WALK_MEMORY, Walk, images_within
 from quantizers.modules import QuantizedLayer, QuantizedModel
+from quantizers.numerics import QuantizationError
 
 Progress = Callable[[str, float], None]
 
@@ -27,23 +28,29 @@ def correct_biases(
     *,
     memory_bytes: int = WALK_MEMORY,
     progress: Progress | None = None,
+    image_weights: torch.Tensor | None = None,
 ) -> int:
     """Correct the bias of every quantized layer, in place; a layer without a bias gets one. Weights and activation
     ranges must be set, and the float parameters not yet forgotten.
 
     `images` (n, 3, H, W): as many as `memory_bytes` of live activations hold, the first ones. Returns how many.
+    The mean error that is taken back is over all of them alike, or weighted by `image_weights` (n,).
     """
     network, device = model.network, device_of(model)
     with eval_mode(model):
         images = images[: images_within(network, images.to(device), memory_bytes // 2)].to(device)
+        weights_N = torch.ones(len(images)) if image_weights is None else image_weights[: len(images)].float()
+        if not bool((weights_N >= 0).all()) or not float(weights_N.sum()) > 0:
+            raise QuantizationError("bias correction: the weights of the images must not be negative nor all zero")
+        weights_N = weights_N.to(device)
         exact, quantized = Walk(network, images), Walk(network, images)
         nodes = list(network.graph.nodes)
         for place, node in enumerate(nodes):
             layers = _layers_of(network, node)
             with model.as_float():
-                targets = _channel_means(exact, node, layers)
+                targets = _channel_means(exact, node, layers, weights_N)
             for layer in layers:
-                means = _channel_means(quantized, node, [layer])
+                means = _channel_means(quantized, node, [layer], weights_N)
                 if layer in means:
                     bias = 0 if layer.layer.bias is None else layer.layer.bias
                     layer.set_bias((bias + targets[layer] - means[layer]).to(layer.layer.weight.dtype))
@@ -61,15 +68,22 @@ def _layers_of(network: fx.GraphModule, node: fx.Node) -> list[QuantizedLayer]:
     return [module for module in network.get_submodule(node.target).modules() if isinstance(module, QuantizedLayer)]
 
 
-def _channel_means(walk: Walk, node: fx.Node, layers: list[QuantizedLayer]) -> dict[QuantizedLayer, torch.Tensor]:
-    """Run the node on every batch; the mean (O,) of each output channel of the layers that ran meanwhile."""
+def _channel_means(
+    walk: Walk, node: fx.Node, layers: list[QuantizedLayer], weights_N: torch.Tensor
+) -> dict[QuantizedLayer, torch.Tensor]:
+    """Run the node on every batch; the weighted mean (O,) of each output channel of the layers that ran meanwhile."""
     sums: dict[QuantizedLayer, torch.Tensor] = {}
-    counts: dict[QuantizedLayer, int] = {}
+    totals: dict[QuantizedLayer, float] = {}
+    weights = weights_N.split(walk.batch_size)
 
     def take_note(layer: QuantizedLayer, _inputs: tuple, output: torch.Tensor) -> None:
-        y_RO = output.flatten(0, -2) if isinstance(layer.layer, nn.Linear) else output.transpose(0, 1).flatten(1).T
-        sums[layer] = sums.get(layer, 0) + y_RO.sum(dim=0, dtype=torch.float64)
-        counts[layer] = counts.get(layer, 0) + len(y_RO)
+        y_RO = (output if isinstance(layer.layer, nn.Linear) else output.transpose(1, -1)).flatten(0, -2)
+        batch_N = weights[walk.current]
+        # rows of an image follow one another: positions, tokens, windows
+        is_of_images = len(y_RO) % len(batch_N) == 0
+        weights_R = batch_N.repeat_interleave(len(y_RO) // len(batch_N)) if is_of_images else y_RO.new_ones(len(y_RO))
+        sums[layer] = sums.get(layer, 0) + (y_RO * weights_R[:, None]).sum(dim=0, dtype=torch.float64)
+        totals[layer] = totals.get(layer, 0.0) + float(weights_R.sum(dtype=torch.float64))
 
     hooks = [layer.register_forward_hook(take_note) for layer in layers]
     try:
@@ -77,4 +91,4 @@ def _channel_means(walk: Walk, node: fx.Node, layers: list[QuantizedLayer]) -> d
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: total / counts[layer] for layer, total in sums.items()}
+    return {layer: total / totals[layer] for layer, total in sums.items()}

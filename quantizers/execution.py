@@ -53,6 +53,8 @@ class Walk:
 
     def __init__(self, network: fx.GraphModule, images: torch.Tensor, batch_size: int = WALK_BATCH):
         self.network = network
+        self.batch_size = batch_size
+        self.current = 0  # the batch that is being run
         self.freed = last_uses(network.graph.nodes)
         self.batches: list[Values] = [{} for _ in range(-(-len(images) // batch_size))]
         for values, batch in zip(self.batches, images.split(batch_size), strict=True):
@@ -60,7 +62,8 @@ class Walk:
 
     def run(self, node: fx.Node) -> None:
         """The node's value for every batch; what stood for it before is replaced."""
-        for values in self.batches:
+        for place, values in enumerate(self.batches):
+            self.current = place
             if not (node.op == "placeholder" and node in values):
                 values[node] = run_node(self.network, node, values)
 

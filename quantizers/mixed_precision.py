@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import fx, nn
@@ -23,6 +24,7 @@ from quantizers import ptq
 from quantizers.allocation import Allocation, allocate
 from quantizers.calibration import check_images
 from quantizers.graph import is_average, is_rectifier
+from quantizers.group_allocation import GroupAllocation, allocate_for_groups
 from quantizers.modules import QuantizedInputLayer, QuantizedLayer, QuantizedModel
 from quantizers.numerics import FLOAT_BITS, MAX_BITS, QuantizationError
 from quantizers.sensitivity import WIDTHS, Sensitivity, measure_sensitivity, multiply_accumulates
@@ -42,10 +44,17 @@ def mixed_precision(
     sensitivity_samples: int = 128,
     classifier_bits: int | None = FLOAT_BITS,
     sensitivity: Sensitivity | None = None,
+    groups: torch.Tensor | None = None,
+    worst_share: float | None = None,
     progress: ptq.Progress | None = None,
+    keep_float: bool = False,
     **recipe,
 ) -> QuantizedModel:
     """A quantized copy of `model` whose layers have widths of their own, out of `widths`.
+
+    With `groups` (n,), a code for each image, the widths are those of the least loss of the groups that lose most: the
+    mean over the worst `worst_share` of them, None: the worst one's (quantizers.group_allocation). Then there is no
+    budget of bit operations.
 
     Without a budget the size is that of the model with `weight_bits` everywhere. `classifier_bits` None lets the last
     layer be chosen like the others. Sensitivities are measured on the first `sensitivity_samples` of `images`
@@ -61,6 +70,8 @@ def mixed_precision(
     recipe = ptq.Recipe(**recipe)
     if recipe.first_last_bits is not None:
         raise QuantizationError("mixed_precision chooses every layer's width: leave out first_last_bits")
+    if groups is not None and bit_operations_budget is not None:
+        raise QuantizationError("fair_mixed_precision has a budget of bytes: leave out bit_operations_budget")
     check_images(images)
     quantized = ptq.attach(model, images, "mixed_precision", weight_bits, activation_bits, recipe)
     statistics = ptq.observe_activations(quantized, images, recipe)
@@ -88,15 +99,18 @@ def mixed_precision(
         bit_operations_budget=bit_operations_budget,
         classifier_bits=classifier_bits,
         with_biases=recipe.bias_correction,
+        groups=None if groups is None else groups[:sensitivity_samples],
+        worst_share=worst_share,
     )
     set_widths(quantized, chosen, activation_bits)
     ptq.quantize(quantized, statistics, images, recipe, progress)
-    quantized.forget_float()
+    if not keep_float:
+        quantized.forget_float()
     widths_table = table_of_widths(quantized, images)
     budgets |= {
         "size_bytes": sum(tensor.numel() * tensor.element_size() for tensor in quantized.packed_tensors().values()),
         "bit_operations": int(widths_table["bit_operations"].sum()),
-        "cost": found.cost,
+        "cost": found.objective if isinstance(found, GroupAllocation) else found.cost,
         "is_optimal": found.is_optimal,
     }
     quantized.description["mixed_precision"] = {**budgets, "metric": metric}
@@ -120,9 +134,12 @@ def choose_widths(
     bit_operations_budget: int | None = None,
     classifier_bits: int | None = FLOAT_BITS,
     with_biases: bool = False,
-) -> tuple[dict[str, int], Allocation, dict]:
+    groups: torch.Tensor | None = None,
+    worst_share: float | None = None,
+) -> tuple[dict[str, int], Allocation | GroupAllocation, dict]:
     """The width of each layer, how it was chosen, and the budgets. `sensitivity` is of all layers but the classifier,
     where that has `classifier_bits`; `with_biases` counts a bias for each layer, as a bias correction will give it.
+    `groups` (N,) are those of the images that the sensitivity was measured on.
     """
     layers = model.layers()
     classifier = _classifier(model, classifier_bits)
@@ -135,22 +152,49 @@ def choose_widths(
         [macs[name] * bits * _width_beside(bits, activation_bits) for bits in sensitivity.widths]
         for name in sensitivity.layers
     ]
-    found: Allocation = allocate(
-        sensitivity.values_LW,
-        sensitivity.bytes_LW,
-        operations_LW,
-        size_budget=size_budget_bytes,
-        operations_budget=bit_operations_budget,
-        fixed_bytes=rest + sum(layers[name].bytes_at(bits) for name, bits in fixed.items()),
-        fixed_operations=sum(macs[name] * bits * _width_beside(bits, activation_bits) for name, bits in fixed.items()),
-        names=sensitivity.layers,
-    )
+    fixed_bytes = rest + sum(layers[name].bytes_at(bits) for name, bits in fixed.items())
+    found: Allocation | GroupAllocation
+    if groups is not None:
+        costs_GLW = group_sensitivities(sensitivity, groups)
+        found = allocate_for_groups(
+            costs_GLW,
+            sensitivity.bytes_LW,
+            size_budget=size_budget_bytes,
+            share=1 / len(costs_GLW) if worst_share is None else worst_share,
+            fixed_bytes=fixed_bytes,
+        )
+    else:
+        found = allocate(
+            sensitivity.values_LW,
+            sensitivity.bytes_LW,
+            operations_LW,
+            size_budget=size_budget_bytes,
+            operations_budget=bit_operations_budget,
+            fixed_bytes=fixed_bytes,
+            fixed_operations=sum(
+                macs[name] * bits * _width_beside(bits, activation_bits) for name, bits in fixed.items()
+            ),
+            names=sensitivity.layers,
+        )
     widths = {name: sensitivity.widths[choice] for name, choice in zip(sensitivity.layers, found.choices, strict=True)}
     return (
         widths | fixed,
         found,
         {"size_budget_bytes": size_budget_bytes, "bit_operations_budget": bit_operations_budget},
     )
+
+
+def group_sensitivities(sensitivity: Sensitivity, groups: torch.Tensor) -> np.ndarray:
+    """(G, L, W): the mean over each group's images. QuantizationError where a group has none of them."""
+    values_LWN, groups_N = sensitivity.values_LWN, groups.cpu().numpy()
+    if values_LWN.shape[2] != len(groups_N):
+        raise QuantizationError(
+            f"the sensitivity was measured on {values_LWN.shape[2]} images, the groups are of {len(groups_N)}"
+        )
+    members = [groups_N == group for group in range(int(groups_N.max()) + 1)]
+    if not all(member.any() for member in members):
+        raise QuantizationError("a group has no image among those of the sensitivity: raise sensitivity_samples")
+    return np.stack([values_LWN[:, :, member].mean(axis=2) for member in members])
 
 
 def set_widths(model: QuantizedModel, widths: dict[str, int], activation_bits: int) -> None:

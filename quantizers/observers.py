@@ -15,6 +15,7 @@ entropy         the range of the least KL divergence of the quantized from the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,7 @@ class ActivationStatistics:
         self._highs: list[torch.Tensor] = []
         self._counts: torch.Tensor | None = None  # (2, BINS) float64: values; values over the energy of their image
         self._exponent: int | None = None
+        self._terms: list[tuple[float, float]] | None = None  # of parts that were put together: their extremes
 
     def observe(self, x: torch.Tensor) -> None:
         """Take note of activations (n, …)."""
@@ -121,8 +123,38 @@ class ActivationStatistics:
             low, high = self._searched_range(observer, bits, percentile, is_symmetric, low, high)
         return (-max(-low, high), max(-low, high)) if is_symmetric else (low, high)
 
+    def share_scale(self, others: Sequence[ActivationStatistics]) -> None:
+        """Count in the bins that one of `others` has chosen, so that the histograms can be put together."""
+        if self._exponent is None:
+            self._exponent = next((other._exponent for other in others if other._exponent is not None), None)
+
+    @classmethod
+    def mixed(cls, parts: Sequence[ActivationStatistics]) -> ActivationStatistics:
+        """The statistics of all parts together, each with the same weight however many images it has. The parts'
+        bins must be the same (`share_scale`)."""
+        whole = cls(parts[0].name, parts[0].with_histogram)
+        whole.low = torch.stack([part.low for part in parts]).min()
+        whole.high = torch.stack([part.high for part in parts]).max()
+        whole.images = sum(part.images for part in parts)
+        whole.share_scale(parts)
+        whole._terms = [part._averaged_extremes() for part in parts]
+        if whole.with_histogram:
+            whole._counts = torch.stack([part._counts / part.images for part in parts]).mean(dim=0)
+        return whole
+
+    def histograms_of(self, parts: Sequence[ActivationStatistics]) -> tuple[np.ndarray, np.ndarray]:
+        """(V,) values and (V, G) counts, one column a part: the mean over its images of their counts, each divided by
+        the image's mean square, over its number of values; self is those parts `mixed`."""
+        counts_VG = np.stack([part._counts[1].numpy()[ORDER] / part._counts[0].sum().item() for part in parts], axis=1)
+        seen = counts_VG.sum(axis=1) > 0
+        factor = 1.0 if self._exponent is None else 2.0**-self._exponent
+        return np.clip(VALUES[seen] * factor, *self.bounds()), counts_VG[seen]
+
     def _averaged_extremes(self) -> tuple[float, float]:
         """A term of age t weighs AVERAGING (1 - AVERAGING)^t over the sum of them all: the first is not favoured."""
+        if self._terms is not None:
+            low, high = np.mean(np.array(self._terms), axis=0)
+            return float(low), float(high)
         lows, highs = torch.cat(self._lows), torch.cat(self._highs)
         terms = [
             (float(part_low.min()), float(part_high.max()))
@@ -220,7 +252,8 @@ def mse_range(
     candidates: int = 16,
     rounds: int = 4,
 ) -> tuple[float, float]:
-    """The clipping range of the least squared error: the best of a coarse grid, then each end in turn, ever finer.
+    """The clipping range of the least squared error: the best of a coarse grid, then each end in turn, ever finer. Of
+    `counts` (V, G), a histogram for each group over the same values, the range whose worst group's error is least.
 
     The grid is geometric, down to a 2000th of [low, high] on either side: one image may have set these.
     """
@@ -253,7 +286,8 @@ def mse_range(
 def _histogram_errors(
     values: np.ndarray, counts: np.ndarray, lows: np.ndarray, highs: np.ndarray, bits: int, is_symmetric: bool
 ) -> np.ndarray:
-    """Squared quantization error of the histogram for each candidate range (C,)."""
+    """Squared quantization error of the histogram for each candidate range (C,); of `counts` (V, G), one histogram
+    for each group, that of the group where it is largest."""
     if is_symmetric:
         qmin, qmax = weight_range(bits)
         scale = np.maximum(-lows, highs)[:, None] / (qmax + 0.5)
@@ -268,7 +302,8 @@ def _histogram_errors(
     quantized *= scale.astype(np.float32)
     quantized -= values.astype(np.float32)
     np.square(quantized, out=quantized)
-    return quantized @ counts.astype(np.float32)
+    errors = quantized @ counts.astype(np.float32)
+    return errors if errors.ndim == 1 else errors.max(axis=1)
 
 
 def entropy_range(

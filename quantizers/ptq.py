@@ -73,15 +73,18 @@ def ptq_static(
     weight_bits: int,
     activation_bits: int,
     progress: Progress | None = None,
+    keep_float: bool = False,
     **recipe,
 ) -> QuantizedModel:
-    """Integer weights and fixed activation ranges, chosen from calibration `images` (n, 3, H, W) as `Recipe` says."""
+    """Integer weights and fixed activation ranges, chosen from calibration `images` (n, 3, H, W) as `Recipe` says.
+    `keep_float` leaves the float parameters in place, for training to start from."""
     recipe = Recipe(**recipe)
     check_images(images)
     quantized = attach(model, images, "ptq_static", weight_bits, activation_bits, recipe)
     statistics = observe_activations(quantized, images, recipe)
     quantize(quantized, statistics, images, recipe, progress)
-    quantized.forget_float()
+    if not keep_float:
+        quantized.forget_float()
     return quantized
 
 
@@ -171,8 +174,12 @@ def quantize(
     images: torch.Tensor,
     recipe: Recipe,
     progress: Progress | None = None,
+    *,
+    rounding_weights: torch.Tensor | None = None,
+    bias_weights: torch.Tensor | None = None,
 ) -> None:
-    """Set the ranges, then the weights, then what is learned or corrected on top of them."""
+    """Set the ranges, then the weights, then what is learned or corrected on top of them; there each image counts as
+    its weight (n,) says, all the same where there is none."""
     set_ranges(quantized, statistics, recipe.observer, recipe.percentile)
     quantize_weights(quantized, recipe)
     if recipe.rounding == "adaround":
@@ -186,10 +193,13 @@ def quantize(
             learn_activation_scales=recipe.learn_activation_scales,
             seed=recipe.seed,
             progress=progress,
+            image_weights=rounding_weights,
         )
         quantized.reports["reconstruction"] = report.table()
     if recipe.bias_correction:
-        quantized.description["bias_correction_images"] = correct_biases(quantized, images, progress=progress)
+        quantized.description["bias_correction_images"] = correct_biases(
+            quantized, images, progress=progress, image_weights=bias_weights
+        )
     quantized.round_biases()
 
 

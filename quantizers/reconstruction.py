@@ -64,13 +64,15 @@ def reconstruct(
     seed: int = 0,
     memory_bytes: int = WALK_MEMORY,
     progress: Progress | None = None,
+    image_weights: torch.Tensor | None = None,
 ) -> Reconstruction:
     """Learn the rounding of every quantized layer, in place, and the scales of the activations between them.
 
     Weights and ranges must be set, and the float parameters not yet forgotten. `images` (n, 3, H, W): as many as
     `memory_bytes` of live activations hold, the first ones. `unit` is "block" or "layer"; `drop` the share of the
-    activations that are taken as they are in a step. The same seed gives the same model. If it fails, the pieces that
-    are not done are as they were.
+    activations that are taken as they are in a step. `image_weights` (n,), not negative, say how much each image's
+    error counts, in what is learned and in whether it is kept; None: all the same. The same seed gives the same model.
+    If it fails, the pieces that are not done are as they were.
     """
     if unit not in ("block", "layer"):
         raise QuantizationError(f"unknown reconstruction unit {unit!r}; choose from block, layer")
@@ -79,12 +81,16 @@ def reconstruct(
     with eval_mode(model):
         # kept at once: the live values of the float and of the quantized network, and the piece's own target
         images = images[: images_within(network, images.to(device), memory_bytes // 3)].to(device)
+        weights_N = torch.ones(len(images)) if image_weights is None else image_weights[: len(images)].float()
+        if not bool((weights_N >= 0).all()) or not float(weights_N.sum()) > 0:
+            raise QuantizationError("reconstruction: the weights of the images must not be negative nor all zero")
+        weights_N = (weights_N / weights_N.mean()).to(device)
         report = Reconstruction(unit, len(images), iterations)
         pieces = {piece.nodes[0]: piece for piece in (_blocks if unit == "block" else _layers)(model)}
         exact, quantized = Walk(network, images), Walk(network, images)
         for node in network.graph.nodes:
             if node in pieces:
-                learning = _Learning(model, pieces[node], learn_activation_scales)
+                learning = _Learning(model, pieces[node], learn_activation_scales, weights_N)
                 if learning.layers:
                     if progress is not None:
                         progress(f"reconstructing {learning.layers[0].name}", len(report.pieces) / len(pieces))
@@ -157,8 +163,9 @@ def _layers(model: QuantizedModel) -> list[Segment]:
 class _Learning:
     """One piece while it is learned."""
 
-    def __init__(self, model: QuantizedModel, piece: Segment, learn_activation_scales: bool):
+    def __init__(self, model: QuantizedModel, piece: Segment, learn_activation_scales: bool, weights_N: torch.Tensor):
         self.model, self.piece = model, piece
+        self.weights_N = weights_N  # of the images, 1 in the mean
         self.learn_activation_scales = learn_activation_scales
         layers, quantizers = model.layers(), model.activation_quantizers()
         self.layers = [layers[name] for name in piece.layers if layers[name].bits <= MAX_BITS]
@@ -226,7 +233,7 @@ class _Learning:
         channels = target.shape[1] if target.ndim != 3 else target.shape[2]  # tokens have theirs last
         # each image counts the same, whatever its energy; all together what they would in a plain mean
         energy_N = _energy(target)
-        importance_N = energy_N.mean() / energy_N
+        importance_N = self.weights_N * energy_N.mean() / energy_N
         for module in learned:
             if isinstance(module, LearnedActivation):
                 module.drop, module.generator = drop, generator
@@ -255,7 +262,7 @@ class _Learning:
 
     def _error(self, x: torch.Tensor, target: torch.Tensor) -> float:
         error_N = (self._output(x) - target).pow(2).flatten(1).mean(dim=1)
-        return float((error_N / _energy(target)).mean())
+        return float((self.weights_N * error_N / _energy(target)).mean())
 
 
 def _energy(target: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,186 @@
+"""Post-training repairs: quantization that looks at groups, without training. Each is post-training static quantization
+(quantizers.ptq) with one thing done otherwise; minutes on the calibration images, labels only where that is said.
+
+group_weighted_observers   ranges from all images, each group with the same weight (quantizers.fair_ranges)
+minimax_ranges             ranges whose worst group's error is least (quantizers.fair_ranges)
+fair_bias_correction       the mean error that is taken back is the worst group's, or that of balanced groups
+fair_reconstruction        learned rounding (quantizers.reconstruction) on a reweighted error
+sensitive_channels         output channels that cost the worst group most keep 8 bits (quantizers.sensitive_channels)
+sensitive_layers           layers that cost the worst group most keep 8 bits (quantizers.sensitive_layers)
+
+Each gives a model whose float parameters are kept, for training to start from: `forget_float` ends that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pandas as pd
+import torch
+from torch import nn
+
+from quantizers import ptq
+from quantizers.calibration import check_images, set_ranges
+from quantizers.fair_ranges import Kind, observe_groups
+from quantizers.groups import Drift, GroupedImages, Weighting, drift, float_logits, group_shares, logits_of
+from quantizers.modules import QuantizedModel
+from quantizers.numerics import MAX_BITS, QuantizationError
+from quantizers.sensitive_channels import choose_channels, preserve_channels
+from quantizers.sensitive_layers import widen_sensitive_layers
+
+
+def group_ranges(
+    model: nn.Module,
+    grouped: GroupedImages,
+    *,
+    kind: Kind,
+    weight_bits: int,
+    activation_bits: int,
+    progress: ptq.Progress | None = None,
+    **recipe,
+) -> QuantizedModel:
+    """Activation ranges `weighted` by groups, or `minimax` over them; the rest as in `ptq.ptq_static`."""
+    recipe = ptq.Recipe(**recipe)
+    quantized = _attached(model, grouped, weight_bits, activation_bits, recipe)
+    statistics = observe_groups(quantized, grouped, kind, recipe.observer)
+    ptq.quantize(quantized, statistics, grouped.images, recipe, progress)
+    return quantized
+
+
+def fair_bias_correction(
+    model: nn.Module,
+    grouped: GroupedImages,
+    *,
+    weighting: Weighting = "worst_group",
+    metric: Drift = "kl",
+    weight_bits: int,
+    activation_bits: int,
+    progress: ptq.Progress | None = None,
+    **recipe,
+) -> QuantizedModel:
+    """Bias correction (quantizers.bias_correction) of the mean error over reweighted groups. The worst group is the one
+    whose predictions drift most under plain quantization."""
+    recipe = dataclasses.replace(ptq.Recipe(**recipe), bias_correction=True)
+    quantized = _attached(model, grouped, weight_bits, activation_bits, recipe)
+    statistics = ptq.observe_activations(quantized, grouped.images, recipe)
+    weights_N = _weights(quantized, statistics, grouped, recipe, weighting, metric)
+    ptq.quantize(quantized, statistics, grouped.images, recipe, progress, bias_weights=weights_N)
+    return quantized
+
+
+def fair_reconstruction(
+    model: nn.Module,
+    grouped: GroupedImages,
+    *,
+    weighting: Weighting = "worst_group",
+    metric: Drift = "kl",
+    weight_bits: int,
+    activation_bits: int,
+    progress: ptq.Progress | None = None,
+    **recipe,
+) -> QuantizedModel:
+    """Learned rounding (AdaRound, BRECQ) on an error in which every group counts the same, or the worst one half. The
+    worst group is the one whose predictions drift most under plain quantization."""
+    recipe = dataclasses.replace(ptq.Recipe(**recipe), rounding="adaround")
+    quantized = _attached(model, grouped, weight_bits, activation_bits, recipe)
+    statistics = ptq.observe_activations(quantized, grouped.images, recipe)
+    weights_N = _weights(quantized, statistics, grouped, recipe, weighting, metric)
+    ptq.quantize(quantized, statistics, grouped.images, recipe, progress, rounding_weights=weights_N)
+    return quantized
+
+
+def sensitive_channels(
+    model: nn.Module,
+    grouped: GroupedImages,
+    *,
+    extra_share: float = 0.05,
+    weighting: Weighting = "worst_group",
+    metric: Drift = "kl",
+    weight_bits: int,
+    activation_bits: int,
+    progress: ptq.Progress | None = None,
+    **recipe,
+) -> QuantizedModel:
+    """Keep the output channels that cost the worst group most in 8 bits, for `extra_share` of the layers' bytes."""
+    if weight_bits >= MAX_BITS:
+        raise QuantizationError(f"sensitive_channels widens channels to {MAX_BITS} bits: give fewer weight bits")
+    recipe = ptq.Recipe(**recipe)
+    quantized = _attached(model, grouped, weight_bits, activation_bits, recipe)
+    chosen, report = choose_channels(
+        quantized,
+        grouped.images,
+        grouped.labels,
+        grouped.groups,
+        len(grouped.names),
+        extra_share=extra_share,
+        metric=metric,
+        weighting=weighting,
+        weight_observer=recipe.weight_scales(),
+        seed=recipe.seed,
+    )
+    preserve_channels(quantized, chosen)
+    statistics = ptq.observe_activations(quantized, grouped.images, recipe)
+    ptq.quantize(quantized, statistics, grouped.images, recipe, progress)
+    quantized.reports["sensitive_channels"] = report
+    return quantized
+
+
+def sensitive_layers(
+    model: nn.Module,
+    grouped: GroupedImages,
+    *,
+    layer_share: float = 0.25,
+    extra_share: float = 0.0,
+    wide_bits: int = MAX_BITS,
+    metric: Drift = "kl",
+    worst_share: float | None = None,
+    weight_bits: int,
+    activation_bits: int,
+    progress: ptq.Progress | None = None,
+    **recipe,
+) -> QuantizedModel:
+    """Keep the layers that cost the worst group most in 8 bits, weights and inputs, in a file of the same size."""
+    recipe = ptq.Recipe(**recipe)
+    if recipe.first_last_bits is not None:
+        raise QuantizationError("sensitive_layers chooses which layers are wide: leave out first_last_bits")
+    quantized = _attached(model, grouped, weight_bits, activation_bits, recipe)
+    statistics = ptq.observe_activations(quantized, grouped.images, recipe)
+    # with the rounding that it will have: where rounding to nearest ruins everything, no layer alone makes a difference
+    ptq.quantize(quantized, statistics, grouped.images, dataclasses.replace(recipe, bias_correction=False))
+    found = widen_sensitive_layers(
+        quantized,
+        statistics,
+        grouped,
+        recipe,
+        wide_bits=wide_bits,
+        layer_share=layer_share,
+        extra_share=extra_share,
+        metric=metric,
+        worst_share=worst_share,
+        progress=None if progress is None else lambda what, share: progress(what, 0.5 * share),
+    )
+    ptq.quantize(quantized, statistics, grouped.images, recipe, progress)
+    quantized.reports["sensitive_layers"] = found.table
+    quantized.reports["sensitive_layers_groups"] = pd.DataFrame(
+        {"group": list(grouped.names), "drift_uniform": found.before_G, "drift_chosen": found.after_G}
+    )
+    quantized.description["sensitive_layers_kept"] = found.is_kept
+    return quantized
+
+
+def _attached(
+    model: nn.Module, grouped: GroupedImages, weight_bits: int, activation_bits: int, recipe: ptq.Recipe
+) -> QuantizedModel:
+    check_images(grouped.images)
+    return ptq.attach(model, grouped.images, "ptq_static", weight_bits, activation_bits, recipe)
+
+
+def _weights(quantized, statistics, grouped: GroupedImages, recipe: ptq.Recipe, weighting, metric) -> torch.Tensor:
+    """(n,) what each image counts. The worst group is found with the weights rounded to nearest."""
+    set_ranges(quantized, statistics, recipe.observer, recipe.percentile)
+    ptq.quantize_weights(quantized, recipe)
+    exact_NK = float_logits(quantized, grouped.images)
+    drift_N = drift(exact_NK, logits_of(quantized, grouped.images), grouped.labels, metric)
+    drift_G = grouped.means(drift_N)
+    quantized.reports["group_drift"] = pd.DataFrame({"group": list(grouped.names), "drift": drift_G.numpy()})
+    return grouped.image_weights(group_shares(drift_G, weighting))
