@@ -24,9 +24,11 @@ from config import Training
 from quantizers import ptq
 from quantizers.calibration import check_images, set_ranges
 from quantizers.learned import SCALE_RATE, LearnedActivation, LearnedStep, replaced
-from quantizers.modules import ActivationQuantizer, QuantizedLayer, QuantizedModel
-from quantizers.numerics import FLOAT_BITS, MAX_BITS, QuantizationError, along, quantize_weight
+from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, QuantizedLayer, QuantizedModel
+from quantizers.numerics import FLOAT_BITS, HALF_BITS, MAX_BITS, QuantizationError, activation_range, along
 from training import Loss, TrainingResult, train
+
+CELL_MARGIN = 1e-3  # in steps: how far inside its rounding cell a weight starts at least; float32 is off by 1e-5
 
 
 def quantization_aware_training(
@@ -68,23 +70,29 @@ def quantization_aware_training(
 
 
 @contextlib.contextmanager
-def learnable(model: QuantizedModel) -> Iterator[None]:
+def learnable(model: QuantizedModel, keep_rounding: bool = False) -> Iterator[None]:
     """Meanwhile the model's float weights and its scales are parameters, and gradients pass through its rounding.
 
     Afterwards it is an ordinary quantized model of what they have become. Weights and ranges must be set before.
+    Training starts at the float weights, which round to the nearest integers; with `keep_rounding` at the weights next
+    to them that round to the integers the model has, however these were chosen: see `weights_that_round_to`.
     """
 
     def learned(module: nn.Module) -> nn.Module | None:
         if isinstance(module, QuantizedLayer) and module.bits <= MAX_BITS:
-            return LearnedLayer(module)
+            return LearnedLayer(module, weights_that_round_to(module) if keep_rounding else module.float_weight)
+        if isinstance(module, QuantizedLayer) and module.bits == HALF_BITS:
+            return LearnedHalfLayer(module)
         if isinstance(module, ActivationQuantizer) and module.bits < FLOAT_BITS:
             return LearnedActivation(module)
+        if isinstance(module, DynamicActivationQuantizer):
+            return PassedActivation(module)
         return None
 
     inputs = list(model.inputs())
     with replaced(model, learned) as replacements:
         for quantizer, layer in inputs:
-            if layer in replacements:
+            if isinstance(replacements.get(layer), LearnedLayer):
                 replacements[layer].inputs.append(replacements.get(quantizer))
         try:
             yield
@@ -93,15 +101,33 @@ def learnable(model: QuantizedModel) -> Iterator[None]:
                 module.freeze()
 
 
+@torch.no_grad()
+def weights_that_round_to(quantized: QuantizedLayer) -> torch.Tensor:
+    """The weights nearest to the float ones that round to the layer's integers.
+
+    Each is moved into the cell of its integer, (q - 1/2) s … (q + 1/2) s, open towards the outside at the ends of the
+    range, where clipping has made the integer. Without float weights (a model that was loaded) they are the middle of
+    their cells.
+    """
+    integer = quantized.weight_integer.to(quantized.weight_scale.dtype)
+    scale = along(quantized.weight_scale, quantized.axis, integer.ndim)
+    if quantized.float_weight is None:
+        return integer * scale
+    low, high = _bounds(quantized)
+    reach = 0.5 - CELL_MARGIN
+    lowest = torch.where(integer <= low, -torch.inf, integer - reach)
+    highest = torch.where(integer >= high, torch.inf, integer + reach)
+    return (quantized.float_weight / scale).clamp(lowest, highest) * scale
+
+
 class LearnedLayer(nn.Module):
     """A layer with weights in float that computes with their quantized values; `theta` (O,) trains the scales."""
 
-    def __init__(self, quantized: QuantizedLayer):
+    def __init__(self, quantized: QuantizedLayer, weight: torch.Tensor):
         super().__init__()
         self._quantized = [quantized]  # in a list: not a submodule
-        self.inputs: list[LearnedActivation | None] = []  # likewise: what quantizes its input, once for each call
-        self.axis, self.bounds = quantized.axis, quantized.bounds()
-        weight = quantized.float_weight
+        self.inputs: list[nn.Module | None] = []  # likewise: what quantizes its input, once for each call
+        self.axis, self.bounds = quantized.axis, _bounds(quantized)
         others = [dim for dim in range(weight.ndim) if dim != self.axis]
         largest = weight.abs().amax(dim=others, keepdim=True)
         self.register_buffer("unit", torch.where(largest > 0, largest, torch.ones_like(largest)))
@@ -109,7 +135,7 @@ class LearnedLayer(nn.Module):
         self.weight = nn.Parameter(weight / self.unit)
         self.theta = nn.Parameter(torch.zeros_like(self.scale))
         self.bias = None if quantized.layer.bias is None else nn.Parameter(quantized.layer.bias.detach().clone())
-        self.gradient_scale = 1 / math.sqrt(weight.numel() / self.scale.numel() * self.bounds[1])
+        self.gradient_scale = _gradient_scale(weight.numel(), self.scale.numel(), self.bounds[1])
 
     @property
     def layer(self) -> nn.Module:
@@ -126,7 +152,7 @@ class LearnedLayer(nn.Module):
     def rounded_bias(self) -> torch.Tensor | None:
         """As `QuantizedLayer.round_bias` will round it, with the gradient of the identity."""
         (source,) = set(self.inputs) if len(set(self.inputs)) == 1 else (None,)
-        if self.bias is None or source is None or source.bits > MAX_BITS:
+        if self.bias is None or not isinstance(source, LearnedActivation) or source.bits > MAX_BITS:
             return self.bias
         step = (source.current_scale() * self.current_scale()).detach()
         return self.bias + ((self.bias / step).round() * step - self.bias).detach()
@@ -135,7 +161,75 @@ class LearnedLayer(nn.Module):
     def freeze(self) -> None:
         (quantized,) = self._quantized
         scale = self.current_scale()
-        integer = quantize_weight(self.weight * self.unit, scale, quantized.bits, self.axis, quantized.int8_range)
-        quantized.set_weights(integer, scale)
+        steps = (self.weight * self.unit).div_(along(scale, self.axis, self.weight.ndim))
+        quantized.set_weights(steps.round_().clamp_(*self.bounds).to(torch.int8), scale)
         if self.bias is not None:
             quantized.set_bias(self.rounded_bias())
+
+
+class LearnedHalfLayer(nn.Module):
+    """A layer of 16 bits with weights in float32 that computes with their float16 values."""
+
+    def __init__(self, quantized: QuantizedLayer):
+        super().__init__()
+        self._quantized = [quantized]  # in a list: not a submodule
+        self.weight = nn.Parameter(quantized.layer.weight.detach().clone())
+        self.bias = None if quantized.layer.bias is None else nn.Parameter(quantized.layer.bias.detach().clone())
+
+    @property
+    def layer(self) -> nn.Module:
+        return self._quantized[0].layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight + (self.weight.half().float() - self.weight).detach()
+        return torch.func.functional_call(self.layer, {"weight": weight, "bias": self.bias}, (x,))
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        (quantized,) = self._quantized
+        quantized.layer.weight.copy_(self.weight.half())
+        if self.bias is not None:
+            quantized.set_bias(self.bias)
+
+
+class PassedActivation(nn.Module):
+    """A quantizer with each image's own range, whose gradient is that of the identity inside the range."""
+
+    def __init__(self, quantizer: DynamicActivationQuantizer):
+        super().__init__()
+        self._quantizer = [quantizer]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (quantizer,) = self._quantizer
+        x = x.float()
+        scale_N, zero_point_N = quantizer.parameters_of(x.detach())
+        bounds = (
+            along(bound - zero_point_N, 0, x.ndim) for bound in activation_range(quantizer.bits, quantizer.is_signed)
+        )
+        return LearnedStep.apply(x, along(scale_N, 0, x.ndim), *bounds, 1.0)
+
+    def freeze(self) -> None:
+        pass
+
+
+Bounds = tuple[float | torch.Tensor, float | torch.Tensor]
+
+
+def _bounds(quantized: QuantizedLayer) -> Bounds:
+    """The least and the largest integer of the weights: numbers or, where channels differ, tensors that broadcast."""
+
+    def broadcast(bound: float | torch.Tensor) -> float | torch.Tensor:
+        if not isinstance(bound, torch.Tensor) or bound.ndim == 0:
+            return float(bound)
+        bound = bound.to(quantized.weight_scale)
+        return along(bound, quantized.axis, quantized.weight_integer.ndim) if bound.ndim == 1 else bound
+
+    low, high = quantized.bounds()
+    return broadcast(low), broadcast(high)
+
+
+def _gradient_scale(weights: int, scales: int, high: float | torch.Tensor) -> float | torch.Tensor:
+    """1 / sqrt(n qmax), n the weights that share a scale (Esser et al. 2020, section 2.2)."""
+    if not isinstance(high, torch.Tensor):
+        return 1 / math.sqrt(weights / scales * high)
+    return (weights / scales * (high if scales > 1 else high.mean())).rsqrt()

@@ -136,6 +136,88 @@ def test_same_seed_same_weights_to_the_bit():
     assert not same(first, trained(2))
 
 
+# --------------------------------------------------------------------------------------------------------------- score
+
+
+def scripted_score(*values: float):
+    """A score of given values, which keeps the predictions that it was asked about."""
+    seen = []
+
+    def score(predictions):
+        seen.append(predictions)
+        return values[len(seen) - 1]
+
+    return score, seen
+
+
+def test_the_best_epoch_is_that_of_the_largest_score(monkeypatch):
+    script = Scripted(monkeypatch, 0.9, 0.2, 0.3, 0.4)
+    score, seen = scripted_score(-3.0, -1.0, -2.0, -1.0)
+    model = toy_model()
+    result = train(model, toy_batches(), [], settings(epochs=4), score=score)
+    assert (result.best_epoch, result.best_score, result.best_accuracy) == (2, -1.0, 0.2)  # its accuracy, not the best
+    assert same(state(model), script.states[1])
+    assert [epoch["validation_score"] for epoch in result.log] == [-3.0, -1.0, -2.0, -1.0]
+    assert [epoch["validation_accuracy"] for epoch in result.log] == [0.9, 0.2, 0.3, 0.4]
+    assert list(result.log[0]) == [
+        "epoch", "learning_rate", "train_loss", "validation_accuracy", "validation_score", "seconds",
+    ]  # fmt: skip
+    assert len(seen) == 4 and result.start is None
+
+
+def test_the_score_sees_the_validation_predictions():
+    validation = [{**batch, "sensitive": {"gender": batch["label"] + 5}} for batch in toy_batches(n=20, seed=1)]
+    score, seen = scripted_score(1.0)
+    model = toy_model()
+    train(model, toy_batches(), validation, settings(epochs=1), score=score)
+    with torch.no_grad():
+        logits = torch.cat([model(batch["image"]) for batch in validation])
+    np.testing.assert_allclose(seen[0].logits, logits.numpy(), rtol=1e-6)
+    assert seen[0].sensitive["gender"].tolist() == (seen[0].y_true + 5).tolist()
+
+
+def test_patience_counts_epochs_without_a_better_score(monkeypatch):
+    Scripted(monkeypatch, 0.1, 0.2, 0.3, 0.4, 0.5)
+    score, _ = scripted_score(0.5, 0.4, 0.3, 0.2, 0.1)
+    result = train(toy_model(), toy_batches(), [], settings(epochs=5, patience=2), score=score)
+    assert (len(result.log), result.best_epoch) == (3, 1)
+
+
+@pytest.mark.parametrize("is_scored", [False, True])
+@pytest.mark.parametrize("start, best", [(0.8, 0), (0.7, 0), (0.6, 2)], ids=["better", "equal", "worse"])
+def test_the_start_competes_only_where_it_may(monkeypatch, start, best, is_scored):
+    def once(keep_start: bool):
+        values = [start] * keep_start + [0.5, 0.7]
+        script = Scripted(monkeypatch, *([0.1] * len(values) if is_scored else values))
+        score = scripted_score(*values)[0] if is_scored else None
+        model = toy_model()
+        result = train(model, toy_batches(), [], settings(epochs=2), score=score, keep_start=keep_start)
+        assert len(result.log) == 2  # the start is no epoch
+        assert result.best_score == (max(start, 0.7) if keep_start else 0.7)
+        assert same(state(model), script.states[result.best_epoch + keep_start - 1])
+        return result, state(model)
+
+    result, kept = once(keep_start=True)
+    assert result.best_epoch == best
+    measured = {"validation_accuracy": 0.1, "validation_score": start} if is_scored else {"validation_accuracy": start}
+    assert result.start == measured
+    assert same(kept, state(toy_model())) is (best == 0)
+    assert once(keep_start=False)[0].best_epoch == 2
+
+
+def test_what_cannot_be_compared_is_refused():
+    def nothing(predictions):
+        return math.nan
+
+    with pytest.raises(TrainingError, match=r"^validation in epoch 1: the score is NaN"):
+        train(toy_model(), toy_batches(), toy_batches(), settings(), score=nothing)
+    with pytest.raises(TrainingError, match=r"^validation before the training: the score is NaN"):
+        train(toy_model(), toy_batches(), toy_batches(), settings(), score=nothing, keep_start=True)
+    for keys in ({"score": nothing}, {"keep_start": True}):
+        with pytest.raises(ValueError, match="give a validation loader"):
+            train(toy_model(), toy_batches(), None, settings(), **keys)
+
+
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
