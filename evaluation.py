@@ -70,7 +70,8 @@ def device_of(model: Any) -> torch.device:
 def predict(model: Any, loader: Iterable, device: str | torch.device | None = None) -> Predictions:
     """Logits of `model` on every batch of `loader`, in order.
 
-    `model` is an nn.Module (run in eval mode; its mode is restored) or an engine with `predict(x_NCHW) -> logits_NK`.
+    `model` is an nn.Module (run in eval mode; its mode is restored) or an engine with `predict(x_NCHW) -> logits_NK`;
+    one whose `reads_groups` is True gets each batch's sensitive attributes too.
     `device` defaults to where the model is; the model itself is not moved. Raises EvaluationError for logits that are
     not finite and ValueError for an empty loader.
     """
@@ -80,7 +81,8 @@ def predict(model: Any, loader: Iterable, device: str | torch.device | None = No
         for batch in map(as_batch, loader):
             images = torch.as_tensor(batch["image"])
             if isinstance(model, nn.Module):
-                output = model(images.to(device, non_blocking=True)).float().cpu().numpy()
+                groups = (batch["sensitive"],) if getattr(model, "reads_groups", False) else ()
+                output = model(images.to(device, non_blocking=True), *groups).float().cpu().numpy()
             else:
                 output = np.asarray(model.predict(images.cpu().numpy()), dtype=np.float32)
             logits.append(output.reshape(len(images), -1))

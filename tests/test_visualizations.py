@@ -10,6 +10,7 @@ from result_rows import main_settings, plain_counterparts, with_labels
 from visualizations import (
     accuracy_heatmap,
     fairness_vs_bits,
+    group_diagnostics,
     hypothesis_validation,
     layer_sensitivity,
     mitigation_comparison,
@@ -344,3 +345,79 @@ def test_an_option_that_only_some_rows_have_is_named():
         {"method": "ptq_static", "strategy": None, "weight_bits": 4, "activation_bits": 4, "options": [plain, learned]}
     )
     assert list(with_labels(rows)["setting"]) == ["W4A4 static (mse)", "W4A4 static (mse, equalized, AdaRound)"]
+
+
+# ---------------------------------------------------------------------------------------------------------- diagnostics
+
+
+def diagnosed(names, models=("fp32", "quantized"), **values):
+    """The three tables of `diagnostics.diagnose`, as far as they are drawn."""
+    groups = [
+        {
+            "model": model, "group": name, "n": 10 + i, "margin": i + 2.0 * (model == "fp32"), "margin_p10": -1.0,
+            "gradient_norm": 0.5 + i, "gradient_noise": 0.25, "hessian_eigenvalue": 3.0 + i, "hessian_converged": True,
+            **values,
+        }
+        for model in models
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    clipping = [
+        {"layer": layer, "group": name, "clipping_rate": rate + 0.1 * i}
+        for layer, rate in (("a", 0.0), ("b", 0.02))
+        for i, name in enumerate(names)
+    ]
+    exemplars = [
+        {
+            "group": name, "n": 10, "disagreements": 2, "share": 0.2 + 0.1 * i, "share_ci_low": 0.1,
+            "share_ci_high": 0.6,
+        }
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    return pd.DataFrame(groups), pd.DataFrame(clipping), pd.DataFrame(exemplars)
+
+
+def marks(axes, marker):
+    """(x, y) of the single marks, in order of x."""
+    return sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == marker)
+
+
+def test_group_diagnostics_draws_each_group_twice_and_what_quantization_did_to_it():
+    figure = drawn(group_diagnostics(*diagnosed(["women", "men"])))
+    assert figure.get_figwidth() == 3.4
+    margin, gradient, curvature, clipping, exemplars = figure.axes
+    np.testing.assert_allclose(marks(margin, "o"), [(-0.14, 2), (0.86, 3)])
+    np.testing.assert_allclose(marks(margin, "s"), [(0.14, 0), (1.14, 1)])
+    assert [y for _, y in marks(gradient, "s")] == [0.5, 1.5] and [y for _, y in marks(curvature, "o")] == [3.0, 4.0]
+    np.testing.assert_allclose(marks(clipping, "s"), [(0, 1), (1, 11)])  # the means over the two quantizers, in %
+    ticks = [list(line.get_ydata()) for line in clipping.lines if line.get_marker() == "_"]
+    np.testing.assert_allclose(ticks, [[0, 2], [10, 12]])
+    np.testing.assert_allclose(marks(exemplars, "s"), [(0, 20), (1, 30)])
+    assert [label.get_text() for label in exemplars.get_xticklabels()] == ["women (10)", "men (11)"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FP32", "quantized"]
+
+
+def test_group_diagnostics_draws_hollow_what_is_uncertain_and_leaves_out_what_is_undefined():
+    groups, clipping, exemplars = diagnosed(["women", "men", "none"])
+    groups.loc[groups["group"] == "none", "n"] = 0
+    groups.loc[0, "gradient_noise"] = 0.6  # above the norm, 0.5
+    groups.loc[1, "hessian_converged"] = False
+    groups.loc[4, ["margin", "hessian_eigenvalue"]] = np.nan
+    figure = drawn(group_diagnostics(groups, clipping, exemplars))
+    margin, gradient, curvature, *_ = figure.axes
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["women (10)", "men (11)"]
+    assert len(marks(margin, "s")) == len(marks(curvature, "s")) == 1
+    for axes, hollow in ((gradient, -0.14), (curvature, 0.86), (margin, None)):
+        found = [line.get_xdata()[0] for line in axes.lines if line.get_markerfacecolor() == "w"]
+        assert found == ([] if hollow is None else [hollow])
+    assert figure.legends[0].get_texts()[-1].get_text() == "uncertain"
+
+
+def test_group_diagnostics_survives_many_groups_one_model_and_nothing():
+    names = [rf"group {i} $\bad{{$ very_long% attribute" for i in range(17)]
+    assert drawn(group_diagnostics(*diagnosed(names))).get_figwidth() == 7.0
+    groups, clipping, exemplars = diagnosed(["A"], models=("fp32",))
+    assert len(drawn(group_diagnostics(groups, clipping[:0], exemplars[:0])).axes) == 3
+    nan = dict.fromkeys(("margin", "margin_p10", "gradient_norm", "gradient_noise", "hessian_eigenvalue"), np.nan)
+    drawn(group_diagnostics(*diagnosed(["A"], **nan)))
+    for tables in ((groups[:0], clipping, exemplars), (groups.assign(n=0), clipping, exemplars)):
+        assert "Nothing to show" in group_diagnostics(*tables).texts[0].get_text()
