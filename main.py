@@ -165,20 +165,25 @@ def _check_engines(config: Config, phases: Sequence[str]) -> None:
 
 
 def _dry_run(config: Config, store, phases: Sequence[str]) -> int:
-    from phases.deploy import is_complete
+    from phases import deploy, diagnose
     from phases.plan import plan
 
     for phase, cells in plan(config).items():
         if phase not in phases:
             continue
-        complete = {cell.id: is_complete(cell, config, store) for cell in cells}
-        done = sum(complete.values())
+        missing = {}
+        for cell in cells:
+            if not deploy.is_complete(cell, config, store):
+                missing[cell.id] = "deploy"  # where it is computed: what the config deploys of it
+            elif not diagnose.is_complete(cell, config, store):
+                missing[cell.id] = "diagnose"
+        done = len(cells) - len(missing)
         print(f"{phase}: {len(cells)} cells, {done} done, {len(cells) - done} to do")
         for cell in cells:
             record = store.record(cell.id)
             status = "to do" if record is None else record["row"]["status"]
-            if status == "done" and not complete[cell.id]:
-                status = "deploy"  # computed; what the config deploys of it is missing
+            if status == "done":
+                status = missing.get(cell.id, status)
             print(f"  {status:<7} {cell.id}")
     return 0
 

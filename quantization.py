@@ -17,10 +17,19 @@ import pandas as pd
 from torch import nn
 
 from fairness_metrics import compute_fairness_metrics
+from quantizers.fairness_aware import FairnessAwareQuantizer, FairnessConstraintError
 from quantizers.methods import METHODS, apply_quantization, options_of, resolve
 from quantizers.numerics import QuantizationError
 
-__all__ = ["METHODS", "Comparison", "QuantizationError", "apply_quantization", "compare_quantization_methods"]
+__all__ = [
+    "METHODS",
+    "Comparison",
+    "FairnessAwareQuantizer",
+    "FairnessConstraintError",
+    "QuantizationError",
+    "apply_quantization",
+    "compare_quantization_methods",
+]
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,9 @@ def compare_quantization_methods(
     for key in options:
         if not any(key in keys for keys in accepted.values()):
             raise QuantizationError(f"none of the methods has an option {key!r}")
-    if train_loader is None and "qat" in names.values():
-        raise QuantizationError("qat needs train_loader: an iterable of batches of images and labels")
+    trained = [method for method, name in names.items() if METHODS[name].needs_train_data]
+    if train_loader is None and trained:
+        raise QuantizationError(f"{trained[0]} needs train_loader: an iterable of batches of images and labels")
     attributes = [sensitive_attrs] if isinstance(sensitive_attrs, str) else list(sensitive_attrs)
     rows = _comparison_rows("FP32", model, test_loader, attributes, min_group_size, {})
     for method, name in names.items():

@@ -96,7 +96,7 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
         weight_bits, activation_bits = columns["weight_bits"][i], columns["activation_bits"][i]
         told = [str(option["observer"])] if option.get("observer") is not None else []
         told += [
-            OPTION_LABELS.get((key, value), f"{key}={value}") if not isinstance(value, list) else f"{key}={value}"
+            _option_label(key, value)
             for key, value in sorted(option.items())
             if key != "observer"
             and value is not None
@@ -123,6 +123,12 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     rows["width"], rows["setting"] = widths, settings
     rows["setting_order"] = [rank[order] for order in orders]
     return rows
+
+
+def _option_label(key: str, value) -> str:
+    if isinstance(value, dict):  # the settings of a training's start
+        return ", ".join(f"{name}={each}" for name, each in sorted(value.items()))
+    return f"{key}={value}" if isinstance(value, list) else OPTION_LABELS.get((key, value), f"{key}={value}")
 
 
 def main_settings(rows: pd.DataFrame) -> list[str]:

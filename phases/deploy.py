@@ -87,6 +87,10 @@ def unmatched_patterns(config: Config, cells: Iterable[Cell]) -> list[str]:
         for pattern in patterns
         if pattern not in type(deployment).model_fields[key].default
         and not any(is_selected(cell, [pattern]) for cell in cells)
+    ] + [
+        f"mitigation.diagnostics.cells: {pattern!r} selects no quantized cell of this config"
+        for pattern in config.mitigation.diagnostics.cells
+        if not any(cell.method != "none" and is_selected(cell, [pattern]) for cell in cells)
     ]
 
 
@@ -170,6 +174,14 @@ def deploy_again(cell: Cell, deployed: CellResult, measured: CellResult, config:
     columns = {key: value for key, value in row.items() if key not in identity} | measured.columns
     columns["compression"] = compression(row["size_mb"], baseline_row)
     return CellResult(columns, measured.groups, extra | measured.extra)
+
+
+def kept(cell: Cell, more: dict[str, Any], store: Store) -> CellResult:
+    """A finished cell's result as it is, with `more` in its record."""
+    record = store.record(cell.id)
+    identity = {*cell.identity(), "status", "error"}
+    columns = {key: value for key, value in record["row"].items() if key not in identity}
+    return CellResult(columns, record["groups"], record["extra"] | more)
 
 
 def check_same_model(model: nn.Module, loader: Iterable, saved: Predicted, device: str) -> None:
@@ -298,8 +310,10 @@ def _simulation_costs(
     finally:
         temporary.unlink(missing_ok=True)
 
+    timed = model.model if getattr(model, "reads_groups", False) else model  # a threshold takes no time
+
     def measured(images, repeats: int) -> Latency:
-        return latency(model, torch.from_numpy(images), repeats)
+        return latency(timed, torch.from_numpy(images), repeats)
 
     return {"engine": "torch", "size_mb": size, **_latencies(measured, example, config)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from config import QAT, Config, Training
 from datasets import BatchLoader, FaceDataset, calibration_subset
 from evaluation import predict
 from models import checkpoint_description, checkpoint_matches
-from phases import deploy
+from phases import deploy, diagnose
 from phases.baseline import (
     DatasetCache,
     load_baseline,
@@ -27,6 +28,7 @@ from phases.baseline import (
 from phases.measure import compression, measure
 from phases.plan import Cell, plan
 from quantization import apply_quantization
+from quantizers.numerics import QuantizationWarning
 from quantizers.sensitivity import Sensitivity
 from runner import CellResult, Report, run_cells
 from store import MissingArtifactError, Store, StoreError, seed_for
@@ -38,7 +40,7 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     cells = planned[phase]
 
     def is_complete(cell: Cell) -> bool:
-        return deploy.is_complete(cell, config, store)
+        return deploy.is_complete(cell, config, store) and diagnose.is_complete(cell, config, store)
 
     needed = {cell.baseline_cell for cell in cells if not is_complete(cell)}
     _check_baselines([cell for cell in planned["baseline"] if cell.id in needed], store)
@@ -48,6 +50,7 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     everything = [cell.id for block in planned.values() for cell in block]
     write_training_log(store, everything)
     deploy.write_tables(store, everything)
+    diagnose.write_tables(store, everything)
     store.write_extra_table("layer_sensitivity", "sensitivity", SENSITIVITY_COLUMNS, everything)
     return store.read_table(phase)
 
@@ -63,37 +66,53 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     start = time.perf_counter()
     data = _calibration_data(cell, options, dataset, config, inputs.device)
     train_data = validation_data = None
+    if cell.method == "qat" or cell.strategy == "threshold_adjustment":
+        validation_data = BatchLoader(
+            dataset.splits["validation"], config.run.evaluation_batch_size, device=inputs.device, channels_last=True
+        )
     if cell.method == "qat":
         settings = config.training.model_copy(update={key: options[key] for key in TRAINING_KEYS if key in options})
         names = (cell.seed, cell.dataset, cell.model, "qat")
         train_data = training_loader(dataset, settings, inputs.device, names)
-        validation_data = BatchLoader(
-            dataset.splits["validation"], config.run.evaluation_batch_size, device=inputs.device, channels_last=True
-        )
         options = {key: value for key, value in options.items() if key != "max_train"}  # the loader has it
-    elif cell.strategy is None and cell.method != "ptq_dynamic":
+    if cell.strategy is not None:  # the same groups and orders for all repairs of a model
+        options["seed"] = seed_for(cell.seed, cell.dataset, cell.model, "repair")
+    elif cell.method in ("ptq_static", "mixed_precision"):
         options["seed"] = seed_for(cell.seed, cell.dataset, cell.model, "rounding")
-    if cell.method == "mixed_precision":
+    if cell.method == "mixed_precision" and cell.strategy is None:
         options["sensitivity"] = inputs.sensitivity(cell)
-    quantized = apply_quantization(
-        model,
-        cell.method,
-        cell.weight_bits,
-        data,
-        activation_bits=cell.activation_bits,
-        train_data=train_data,
-        validation_data=validation_data,
-        progress=lambda what, share: report.progress(what, 0.9 * share),
-        **options,
-    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", QuantizationWarning)
+        quantized = apply_quantization(
+            model,
+            cell.strategy or cell.method,
+            cell.weight_bits,
+            data,
+            activation_bits=cell.activation_bits,
+            train_data=train_data,
+            validation_data=validation_data,
+            progress=lambda what, share: report.progress(what, 0.9 * share),
+            **options,
+        )
+    for warning in said:
+        if issubclass(warning.category, QuantizationWarning):
+            report.detail(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     seconds = time.perf_counter() - start
     report.progress("predicting", 0.9)
     loader, names = test_loader(dataset, config, inputs.device), names_of(dataset)
-    if store.is_done(cell.id):  # it only lacks a deployment
+    diagnosed = {}
+    if not diagnose.is_complete(cell, config, store):
+        diagnosed = diagnose.measure_diagnostics(model, quantized, cell, dataset, config, inputs.device, report)
+    if store.is_done(cell.id):  # it only lacks a deployment, or diagnostics
         saved = store.predictions(cell.id)
         deploy.check_same_model(quantized, loader, saved, inputs.device)
+        if deploy.is_complete(cell, config, store):
+            return deploy.kept(cell, diagnosed, store)
         deployed = deploy.deploy(quantized, cell, dataset, saved, names, loader, config, store, report)
         measured = measure(cell, saved, names, config, baseline_row)
+        measured.extra |= diagnosed
         return deploy.deploy_again(cell, deployed, measured, config, store)
     predictions = predict(quantized, loader, inputs.device)
     store.write_predictions(cell.id, predictions)
@@ -108,9 +127,15 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
         measured.extra["training_log"] = training["log"]
         seconds -= training["seconds"]
     measured.columns["calibration_seconds"] = seconds
+    measured.extra |= diagnosed
     measured.extra["placement"] = quantized.placement.summary()
     if "reconstruction" in quantized.reports:
         measured.extra["reconstruction"] = quantized.reports["reconstruction"].to_dict("records")
+    for name in ("group_drift", "sensitive_layers", "sensitive_layers_groups", "sensitive_channels"):
+        if name in quantized.reports:
+            measured.extra[name] = quantized.reports[name].to_dict("records")
+    if "calibration_groups" in quantized.description:
+        measured.extra["calibration_groups"] = quantized.description["calibration_groups"]
     if "sensitivity" in quantized.reports:
         inputs.keep_sensitivity(cell, quantized.reports["measurement"])
         budgets, widths = quantized.reports["budgets"], quantized.reports["widths"]
@@ -152,10 +177,23 @@ def _calibration_data(cell: Cell, options: dict, dataset: FaceDataset, config: C
     samples, split = options["calibration_samples"], dataset.splits[options.pop("calibration_split")]
     balance = options.pop("balance", None)
     attributes = list(split.sensitive) if balance == "intersection" else [balance] if balance else None
+    if attributes is not None:
+        options["attributes"] = attributes
+    is_balanced = attributes is not None and not _sees_groups_as_they_come(cell)
     # the same draw for every method, width and observer of a model, so that they differ in nothing else
-    generator = np.random.default_rng(seed_for(cell.seed, cell.dataset, cell.model, "calibration", balance))
-    positions = calibration_subset(split, samples, generator, balance=attributes)
+    purpose = balance if is_balanced else None
+    generator = np.random.default_rng(seed_for(cell.seed, cell.dataset, cell.model, "calibration", purpose))
+    positions = calibration_subset(split, samples, generator, balance=attributes if is_balanced else None)
+    if is_balanced:  # each image once: the method repeats those of the groups that have too few, and says so
+        positions = np.unique(positions)
     return BatchLoader(split.subset(positions), config.run.evaluation_batch_size, device=device, channels_last=True)
+
+
+def _sees_groups_as_they_come(cell: Cell) -> bool:
+    """Whether a repair calibrates on a plain sample: it weighs groups itself, or adjusts a plain model."""
+    return "group_weighted_observers" in (cell.strategy, cell.options.get("start")) or (
+        cell.strategy == "threshold_adjustment" or (cell.method == "qat" and cell.options.get("start") == "ptq_static")
+    )
 
 
 class Inputs:

@@ -12,10 +12,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import RECONSTRUCTION_KEYS, SHORTHANDS, Config, MethodEntry, parse_width
+from config import (
+    QAT,
+    RECONSTRUCTION_KEYS,
+    SHORTHANDS,
+    Config,
+    FairMixedPrecision,
+    MethodEntry,
+    Repair,
+    Section,
+    SensitiveChannels,
+    SensitiveLayers,
+    TrainedRepair,
+    Training,
+    parse_width,
+)
 from store import SCHEMA_VERSION, short_hash
 
 QUANTIZATION_VERSION = 3  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
+REPAIR_VERSION = 1  # likewise, of how the strategies of the mitigation phase do
 MEANINGFUL_NONE = ("classifier_bits", "gradient_clip")  # None says something else than the default
 
 
@@ -134,26 +149,53 @@ def _schemes(config: Config) -> list[dict[str, Any]]:
 
 def _mitigation(config: Config, baseline: Cell) -> list[Cell]:
     cells = []
-    for strategy in config.mitigation.strategies:
-        section = getattr(config.mitigation, strategy)
-        common = config.quantization.ptq_static
-        balance = "intersection" if section.balance == "intersection" else config.group_attribute(baseline.dataset)
-        settings = common.model_dump() | {"observer": section.observer, "balance": balance}
-        if section.calibration_samples is not None:
-            settings["calibration_samples"] = section.calibration_samples
+    for entry in config.mitigation.entries():
+        if entry.architectures is not None and baseline.model not in entry.architectures:
+            continue
+        section = config.mitigation.section(entry)
+        is_intersection = section.balance == "intersection"
+        balance = {"balance": "intersection" if is_intersection else config.group_attribute(baseline.dataset)}
         cells += [
             _derived(
                 baseline,
                 "mitigation",
                 section.method,
-                strategy,
+                entry.strategy,
                 *parse_width(width),
-                _options(section.method, settings | scheme),
+                _options(section.method, {**settings, **balance, **scheme}),
             )
             for scheme in _schemes(config)
+            for settings in _repair_settings(config, section)
             for width in section.bit_widths or config.quantization.bit_widths
+            if not _has_nothing_to_widen(section, parse_width(width)[0])
         ]
     return cells
+
+
+def _has_nothing_to_widen(section: Section, weight_bits: int) -> bool:
+    """Whether a repair that keeps a part of the weights in 8 bits would do nothing at this width."""
+    if isinstance(section, SensitiveLayers):
+        return weight_bits >= section.wide_bits
+    return isinstance(section, SensitiveChannels) and weight_bits >= 8
+
+
+def _repair_settings(config: Config, section: Repair | FairMixedPrecision) -> list[dict[str, Any]]:
+    """The settings of a repair: what it leaves out is as in plain quantization. One for each observer of a list."""
+    own = section.model_dump(exclude={"method", "bit_widths", "balance"})
+    if isinstance(section, FairMixedPrecision):
+        observers = own.pop("observer")
+        return [{**own, "observer": observer} for observer in observers]
+    common = config.quantization.ptq_static.model_dump()
+    if isinstance(section, TrainedRepair):
+        training = config.quantization.qat.model_dump(include=TRAINING_KEYS)
+        common = {**common, **training}
+        own = {key: value for key, value in own.items() if value != {}}
+    observers = [own["observer"]] if own.get("observer") is not None else common["observer"]
+    given = {key: value for key, value in own.items() if value is not None}
+    return [{**common, **given, "observer": observer} for observer in observers]
+
+
+TRAINING_KEYS = set(QAT.model_fields) & set(Training.model_fields)
 
 
 # settings that do nothing at these values are not part of a cell
@@ -191,10 +233,12 @@ def _derived(
         "options": options,
         "version": QUANTIZATION_VERSION,
     }
+    if strategy is not None:
+        identity["repair_version"] = REPAIR_VERSION
     label = [strategy or method, f"w{weight_bits}a{activation_bits}"]
     label += [
         str(options[key])
-        for key in ("observer", "rounding", "weight_granularity", "activation_scheme", "backend")
+        for key in ("start", "observer", "rounding", "weight_granularity", "activation_scheme", "backend")
         if key in options
     ]
     label += [key for key in ("equalize", "bias_correction", "reduce_range") if options.get(key)]

@@ -15,22 +15,49 @@ from config import (
     QAT,
     QUANTIZATION_METHODS,
     SHORTHANDS,
+    BalancedFinetuning,
     BiasAwareCalibration,
+    Distillation,
+    FairBiasCorrection,
+    FairMixedPrecision,
+    FairnessFinetuning,
+    FairReconstruction,
+    GroupDRO,
+    GroupWeightedObservers,
+    MinimaxRanges,
     MixedPrecision,
     PTQDynamic,
     PTQStatic,
+    Reweighing,
     Section,
+    SensitiveChannels,
+    SensitiveLayers,
+    ThresholdAdjustment,
     Training,
     suggest,
 )
 from evaluation import as_batch
-from quantizers import ptq
-from quantizers.calibration import gather_balanced_images, gather_images
+from fairness_losses import (
+    FairnessPenalty,
+    GroupBalancedLoader,
+    GroupDistillation,
+    GroupError,
+    Groups,
+    Reweighed,
+    worst_group_accuracy_score,
+)
+from fairness_losses import GroupDRO as DROLoss
+from quantizers import fair_ptq, ptq
+from quantizers.calibration import gather_images
+from quantizers.finetuning import fine_tune
+from quantizers.groups import GroupedImages, gather_groups
 from quantizers.mixed_precision import mixed_precision
 from quantizers.modules import QuantizedModel
 from quantizers.numerics import QuantizationError, check_bits
 from quantizers.qat import quantization_aware_training
+from quantizers.thresholds import GroupThresholds, adjust_thresholds
 from store import seed_for
+from training import Loss, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -51,25 +78,136 @@ def _ptq_static(model: nn.Module, data: Data, weight_bits: int, activation_bits:
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         progress=data.progress,
+        keep_float=True,
         **_recipe(options),
     )
 
 
 def _bias_aware(model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
-    generator = np.random.default_rng(seed_for(options["seed"], "bias_aware_calibration"))
-    images, distinct = gather_balanced_images(
-        data.calibration, options["calibration_samples"], generator, options["attributes"]
-    )
+    grouped = _grouped(data, options)
     quantized = ptq.ptq_static(
         model,
-        images,
+        grouped.images,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         progress=data.progress,
+        keep_float=True,
         **_recipe(options),
     )
-    quantized.description["calibration_groups"] = {str(group): count for group, count in distinct.items()}
+    return _with_groups(quantized, grouped)
+
+
+def _grouped(data: Data, options: dict, is_balanced: bool = True) -> GroupedImages:
+    generator = np.random.default_rng(seed_for(options["seed"], "groups"))
+    return gather_groups(
+        data.calibration, options["calibration_samples"], generator, options["attributes"], is_balanced=is_balanced
+    )
+
+
+def _with_groups(quantized: QuantizedModel, grouped: GroupedImages) -> QuantizedModel:
+    quantized.description["calibration_groups"] = dict(grouped.distinct)
     return quantized
+
+
+def _repair(
+    apply: Callable[..., QuantizedModel], own: dict[str, str], is_balanced: bool = True, **fixed: Any
+) -> Callable[[nn.Module, Data, int, int, dict], QuantizedModel]:
+    """An entry of the table for a function of quantizers.fair_ptq; `own` maps its arguments to the config's keys."""
+
+    def run(model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
+        grouped = _grouped(data, options, is_balanced)
+        quantized = apply(
+            model,
+            grouped,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            progress=data.progress,
+            **{argument: options[key] for argument, key in own.items()},
+            **fixed,
+            **_recipe(options),
+        )
+        return _with_groups(quantized, grouped)
+
+    return run
+
+
+def _fair_mixed_precision(
+    model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict
+) -> QuantizedModel:
+    grouped = _grouped(data, options)
+    own = {key: options[key] for key in MIXED_OPTIONS}
+    quantized = mixed_precision(
+        model,
+        grouped.images,
+        grouped.labels,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        progress=data.progress,
+        metric=own.pop("sensitivity_metric"),
+        groups=grouped.groups,
+        worst_share=options["worst_share"],
+        keep_float=True,
+        **own,
+        **_recipe(options),
+    )
+    return _with_groups(quantized, grouped)
+
+
+def _threshold_adjustment(
+    model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict
+) -> GroupThresholds:
+    quantized = _ptq_static(model, data, weight_bits, activation_bits, options)
+    quantized.forget_float()
+    fitted_on = data.calibration if data.validation is None else data.validation
+    return adjust_thresholds(quantized, fitted_on, attributes=options["attributes"], constraint=options["constraint"])
+
+
+def _trained(make_loss: Callable[[nn.Module, Groups, dict], Loss], has_balanced_batches: bool):
+    """An entry of the table for short training with a loss, from what `start` gives."""
+
+    def run(model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
+        train_data = _training_data(data, options)
+        groups = Groups.of(train_data, options["attributes"])
+        start = options["start"]
+        entry = METHODS[start]
+        shared = {key: options[key] for key in options_of(entry) if key in COMMON_OPTIONS and key in options}
+        settings = _settings(start, entry, {**shared, **options["start_options"]})
+        quantized = entry.apply(model, data, weight_bits, activation_bits, settings)
+        loader = train_data
+        if has_balanced_batches:
+            loader = GroupBalancedLoader(train_data, groups, seed_for(options["seed"], "balanced batches"))
+        score = None
+        if options["best_epoch"] == "worst_group" and data.validation is not None:
+            largest = int(Groups.of(data.validation, options["attributes"]).counts.max())
+            score = worst_group_accuracy_score(groups, min(LEAST_GROUP, largest))
+        loss = make_loss(model, groups, options)
+        fine_tune(
+            quantized, loader, data.validation, _training_settings(options), loss=loss, score=score,
+            progress=data.progress,
+        )  # fmt: skip
+        quantized.description |= {"method": "qat", "start": start}
+        return quantized
+
+    return run
+
+
+LEAST_GROUP = 20  # validation images of a group whose accuracy may choose the best epoch, where there are so large ones
+
+
+def _training_data(data: Data, options: dict) -> Iterable:
+    if data.train is None:
+        raise QuantizationError("short training needs train_data: batches with images, labels and groups")
+    if not hasattr(data.train, "__len__"):
+        raise QuantizationError(
+            "train_data must have a length and be iterable again: a DataLoader or a list of batches"
+        )
+    return _first_images(data.train, options["max_train"])
+
+
+def _training_settings(options: dict) -> Training:
+    return Training(
+        **{key: options[key] for key in QAT.model_fields if key in Training.model_fields and key != "max_train"}
+    )
 
 
 def _ptq_dynamic(model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
@@ -80,20 +218,14 @@ def _ptq_dynamic(model: nn.Module, data: Data, weight_bits: int, activation_bits
 def _qat(model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
     if data.train is None:
         raise QuantizationError("qat needs train_data: an iterable of batches of images and labels")
-    if not hasattr(data.train, "__len__"):
-        raise QuantizationError(
-            "train_data must have a length and be iterable again: a DataLoader or a list of batches"
-        )
+    train_data = _training_data(data, options)
     images = gather_images(data.train if data.calibration is None else data.calibration, options["calibration_samples"])
-    settings = Training(
-        **{key: options[key] for key in QAT.model_fields if key in Training.model_fields and key != "max_train"}
-    )
     quantized, result = quantization_aware_training(
         model,
         images,
-        _first_images(data.train, options["max_train"]),
+        train_data,
         data.validation,
-        settings,
+        _training_settings(options),
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         progress=data.progress,
@@ -163,16 +295,80 @@ class Method:
     sections: tuple[type[Section], ...]
     needs_calibration_data: bool
     extra_options: tuple[tuple[str, Any], ...] = ()
+    needs_train_data: bool = False
 
 
 SCHEME = (("backend", "x86"), ("reduce_range", False))  # the hardware's integers: quantizers.numerics.BACKENDS
+GROUPS = (*SCHEME, ("seed", 0), ("attributes", None))  # of the repairs: by which attributes there are groups; None: all
+WEIGHTED = {"weighting": "weighting", "metric": "drift_metric"}
+# what a training's start has like the training itself
+COMMON_OPTIONS = (*PTQStatic.model_fields, *(key for key, _ in GROUPS))
+
+
+def _ptq_repair(section: type[Section], apply) -> Method:
+    return Method(apply, (PTQStatic, section), True, GROUPS)
+
+
+def _trained_repair(section: type[Section], apply) -> Method:
+    return Method(apply, (QAT, PTQStatic, section), True, GROUPS, needs_train_data=True)
+
+
 METHODS: dict[str, Method] = {
     "ptq_static": Method(_ptq_static, (PTQStatic,), True, (*SCHEME, ("seed", 0))),
     "ptq_dynamic": Method(_ptq_dynamic, (PTQDynamic,), False, SCHEME),
-    "qat": Method(_qat, (QAT,), False, SCHEME),
+    "qat": Method(_qat, (QAT,), False, SCHEME, needs_train_data=True),
     "mixed_precision": Method(_mixed_precision, (MixedPrecision,), True, (*SCHEME, ("seed", 0), ("sensitivity", None))),
-    "bias_aware_calibration": Method(
-        _bias_aware, (PTQStatic, BiasAwareCalibration), True, (*SCHEME, ("seed", 0), ("attributes", None))
+    "bias_aware_calibration": _ptq_repair(BiasAwareCalibration, _bias_aware),
+    "group_weighted_observers": _ptq_repair(
+        GroupWeightedObservers, _repair(fair_ptq.group_ranges, {}, is_balanced=False, kind="weighted")
+    ),
+    "minimax_ranges": _ptq_repair(MinimaxRanges, _repair(fair_ptq.group_ranges, {}, kind="minimax")),
+    "fair_bias_correction": _ptq_repair(FairBiasCorrection, _repair(fair_ptq.fair_bias_correction, WEIGHTED)),
+    "fair_reconstruction": _ptq_repair(FairReconstruction, _repair(fair_ptq.fair_reconstruction, WEIGHTED)),
+    "sensitive_channels": _ptq_repair(
+        SensitiveChannels, _repair(fair_ptq.sensitive_channels, {**WEIGHTED, "extra_share": "extra_share"})
+    ),
+    "sensitive_layers": _ptq_repair(
+        SensitiveLayers,
+        _repair(
+            fair_ptq.sensitive_layers,
+            {"metric": "drift_metric"}
+            | {key: key for key in ("layer_share", "extra_share", "wide_bits", "worst_share")},
+        ),
+    ),
+    "fair_mixed_precision": Method(_fair_mixed_precision, (FairMixedPrecision,), True, GROUPS),
+    "threshold_adjustment": _ptq_repair(ThresholdAdjustment, _threshold_adjustment),
+    "balanced_finetuning": _trained_repair(
+        BalancedFinetuning,
+        _trained(lambda model, groups, options: cross_entropy(options["label_smoothing"]), True),
+    ),
+    "reweighing": _trained_repair(
+        Reweighing,
+        _trained(lambda model, groups, options: Reweighed(groups, label_smoothing=options["label_smoothing"]), False),
+    ),
+    "fairness_finetuning": _trained_repair(
+        FairnessFinetuning,
+        _trained(
+            lambda model, groups, options: FairnessPenalty(
+                groups, options["constraint"], options["fairness_weight"], options["label_smoothing"]
+            ),
+            True,
+        ),
+    ),
+    "group_dro": _trained_repair(
+        GroupDRO,
+        _trained(
+            lambda model, groups, options: DROLoss(groups, options["step_size"], options["label_smoothing"]), True
+        ),
+    ),
+    "distillation": _trained_repair(
+        Distillation,
+        _trained(
+            lambda model, groups, options: GroupDistillation(
+                groups, model, options["temperature"], options["step_size"]
+            ),
+            True,
+        ),
     ),
 }
 
@@ -215,8 +411,13 @@ def apply_quantization(
     if entry.needs_calibration_data and calibration_data is None:
         raise QuantizationError(f"{method} needs calibration_data: an iterable of batches of images")
     data = Data(calibration_data, train_data, validation_data, progress)
-    quantized = entry.apply(model, data, weight_bits, activation_bits, settings)
-    quantized.description |= {"strategy": None if name in QUANTIZATION_METHODS else name}
+    try:
+        quantized = entry.apply(model, data, weight_bits, activation_bits, settings)
+    except GroupError as error:  # of the training data: the same kind of mistake
+        raise QuantizationError(f"train_data: {error}") from None
+    if isinstance(quantized, QuantizedModel):
+        quantized.forget_float()
+    quantized.description["strategy"] = None if name in QUANTIZATION_METHODS else name
     return quantized
 
 
@@ -261,6 +462,8 @@ def _settings(name: str, entry: Method, options: dict[str, Any]) -> dict[str, An
             key: value for key, value in given.model_dump().items() if value is not None or key not in settings
         }
     settings |= {key: value for key, value in options.items() if key in extra}
+    if settings.get("attributes") is not None and isinstance(settings["attributes"], str):
+        settings["attributes"] = [settings["attributes"]]
     observer = settings.get("observer")
     if isinstance(observer, list):
         if len(observer) != 1:

@@ -234,8 +234,28 @@ REFUSALS = [  # (YAML, the message after the file's name)
     ),
     ("quantization: {methods: [{method: qat, backend: arm}]}", "quantization.methods[0].backend: unknown key"),
     (
+        "mitigation: {strategies: [{strategy: group_dro, stat: minimax_ranges}]}",
+        "mitigation.strategies[0]: group_dro has no key 'stat' (did you mean start?)",
+    ),
+    (
+        "mitigation: {strategies: [{strategy: group_dro, start_options: {layers: 1}}]}",
+        "mitigation.strategies[0]: group_dro: start_options: ptq_static has no key 'layers'; choose from observer,",
+    ),
+    (
+        "mitigation: {strategies: [{strategy: distillation, epochs: 0}]}",
+        "mitigation.strategies[0]: distillation: epochs: input should be greater than 0, got 0",
+    ),
+    (
+        "mitigation: {strategies: [{strategy: distillation, architectures: [resnet5]}]}",
+        "mitigation.strategies[0].architectures: 'resnet5' is none of the models (did you mean resnet50?)",
+    ),
+    (
+        "mitigation: {diagnostics: {cells: 'a:b:c:d'}}",
+        "mitigation.diagnostics.cells: pattern 'a:b:c:d': expected MODEL:METHOD:BITS, such as *:ptq_static:W8A8",
+    ),
+    (
         "mitigation: {strategies: bias_aware_calibratio}",
-        "mitigation.strategies: unknown strategy 'bias_aware_calibratio' (did you mean bias_aware_calibration?)",
+        "mitigation.strategies[0]: unknown strategy 'bias_aware_calibratio' (did you mean bias_aware_calibration?)",
     ),
     (
         'deployment: {cells: "a:b:c:d"}',

@@ -23,7 +23,7 @@ def test_the_default_sweep():
         "baseline": 5,
         # static at 8, 4, 2, W4A8; dynamic at 8, 4; three observers at 4; adaround, mixed precision, QAT of two models
         "quantization": 5 * (4 + 2 + 3) + 2 * 3,
-        "mitigation": 5 * 4,
+        "mitigation": 5 * 4 + 2 * 2,  # balanced calibration at every width; two repairs of two models
     }
     everything = [cell for block in cells.values() for cell in block]
     assert len(set(ids(everything))) == len(everything)

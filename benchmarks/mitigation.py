@@ -1,0 +1,450 @@
+"""What each repair gives back to the group that quantization hurt most, on real faces and on synthetic ones.
+
+    python benchmarks/mitigation.py --data synthetic
+    python benchmarks/mitigation.py --data fairface --set data.fairface.root=FOLDER
+    python benchmarks/mitigation.py --print
+
+Trains the float models of mitigation_<data>.yaml where they are missing (main.py's baseline phase: 3 seeds of a
+MobileNetV2), and quantizes each of them in every way of METHODS. Which setting is compared at is found first: the
+widest at which the best plain post-training quantization costs the worst group MOST_DROP points on validation. The
+worst group is the one that loses most there, on validation images; all that is printed is measured on test images.
+
+Each result is kept in RESULTS_DIR/<data>/mitigation/ as it is measured: run again, only what is missing is computed;
+`--print` computes nothing. Differences are paired, image by image, averaged over the seeds; intervals are 95 %
+percentile intervals of a bootstrap over the images, given the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+
+from batches import BatchLoader
+from config import dump_config, load_config
+from datasets import Split, calibration_subset, load_dataset
+from evaluation import model_size_mb, predict
+from group_counts import count_table, group_metrics, intersect
+from models import build_model, load_checkpoint
+from phases import baseline
+from phases.plan import plan
+from quantization import QuantizationError, apply_quantization
+from runner import Report
+from store import Store, seed_for, write_json
+
+MODEL = "mobilenet_v2"
+MOST_DROP = 3.0  # points that the best plain PTQ costs the worst group at the setting that is compared at
+SETTINGS = ("W8A8", "W4A8", "W4A4", "W3A4", "W3A3", "W2A4", "W2A3", "W2A2")  # from wide to narrow
+CALIBRATION_IMAGES = 512
+EXTRA = {"validation": 1500, "test": 3000}  # of FairFace's training images that are not trained on, as many more
+TRAINING_IMAGES = {"fairface": 4000, "synthetic": 8000}  # of a short training: one epoch
+LEARNING_RATE = 1e-3
+REPLICATES = 2000
+LEAST_GROUP = 50  # validation images of a group that may be the worst one
+
+ITERATIONS = {"fairface": 50, "synthetic": 100}  # optimizer steps a block
+RECONSTRUCTION = {"rounding": "adaround"}
+SENSITIVE = {"start": "sensitive_layers"}
+PLAIN = {
+    "PTQ": ("ptq_static", {}),
+    "PTQ, bias corrected": ("ptq_static", {"bias_correction": True}),
+    "PTQ, reconstruction": ("ptq_static", RECONSTRUCTION),
+    "mixed precision, same bytes": ("mixed_precision", {}),
+    "mixed precision, reconstruction": ("mixed_precision", RECONSTRUCTION),
+}
+WITHOUT_TRAINING = {
+    "balanced calibration": ("bias_aware_calibration", RECONSTRUCTION),
+    "group-weighted observers": ("group_weighted_observers", RECONSTRUCTION),
+    "minimax ranges": ("minimax_ranges", RECONSTRUCTION),
+    "bias correction, worst group": ("fair_bias_correction", RECONSTRUCTION),
+    "reconstruction, balanced": ("fair_reconstruction", {**RECONSTRUCTION, "weighting": "balanced"}),
+    "reconstruction, worst group": ("fair_reconstruction", RECONSTRUCTION),
+    "sensitive channels, +5 % bytes": ("sensitive_channels", RECONSTRUCTION),
+    "sensitive layers": ("sensitive_layers", RECONSTRUCTION),
+    "fair mixed precision": ("fair_mixed_precision", RECONSTRUCTION),
+    "thresholds of groups": ("threshold_adjustment", RECONSTRUCTION),
+}
+WITH_TRAINING = {
+    "QAT": ("qat", {}),
+    "balanced fine-tuning": ("balanced_finetuning", {}),
+    "reweighing": ("reweighing", {}),
+    "fairness fine-tuning": ("fairness_finetuning", {}),
+    "group DRO": ("group_dro", {}),
+    "distillation": ("distillation", {}),
+    "sensitive layers, then group DRO": ("group_dro", SENSITIVE),
+    "sensitive layers, then distillation": ("distillation", SENSITIVE),
+}
+METHODS = {**PLAIN, **WITHOUT_TRAINING, **WITH_TRAINING}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", choices=["synthetic", "fairface"], default=["synthetic", "fairface"])
+    parser.add_argument("--results-dir", type=Path, default=Path("results/mitigation"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS))
+    parser.add_argument("--setting", choices=SETTINGS, help="compare at this one")
+    parser.add_argument("--threads", type=int, default=2, help="of the quantization; the float models have their own")
+    parser.add_argument("--print", action="store_true", dest="only_print", help="compute nothing")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for data in arguments.data:
+        config = load_config(Path(__file__).with_name(f"mitigation_{data}.yaml"), arguments.set)
+        study = Study(data, config, arguments.results_dir / data)
+        if not arguments.only_print:
+            study.train()
+        seeds = arguments.seeds or config.run.seeds
+        torch.set_num_threads(arguments.threads)
+        if not arguments.only_print:
+            for seed in seeds:
+                study.measure(seed, "FP32", None)
+            setting = arguments.setting or study.find_setting(seeds)
+            for label in arguments.methods or METHODS:
+                for seed in seeds:
+                    study.measure(seed, label, setting)
+        show(study, seeds, arguments.setting)
+
+
+class Study:
+    """One data set: its float models, and what each method makes of them."""
+
+    def __init__(self, data: str, config, folder: Path):
+        self.data, self.config, self.folder = data, config, folder
+        self.store = Store(folder)
+        self.dataset = load_dataset(config, data)
+        self.validation, self.test = self.held_out()
+        self.loaded: tuple[int, torch.nn.Module] | None = None
+
+    def train(self) -> None:
+        self.store.prepare(dump_config(self.config))
+        baseline.run(self.config, self.store, Report())
+
+    def held_out(self) -> tuple[list[Split], list[Split]]:
+        """Validation and test splits; FairFace's untrained training images are divided between them."""
+        splits = self.dataset.splits
+        if self.data != "fairface":
+            return [splits["validation"]], [splits["test"]]
+        section = self.config.data.fairface.model_copy(update={"max_train": None})
+        whole_config = self.config.model_copy(
+            update={"data": self.config.data.model_copy(update={"fairface": section})}
+        )
+        whole = load_dataset(whole_config, self.data)
+        used = np.concatenate([splits["train"].index, splits["validation"].index])
+        order = np.random.default_rng(seed_for("mitigation", "held out"))
+        validation, test = [splits["validation"]], [splits["test"]]
+        rest = order.permutation(np.flatnonzero(~np.isin(whole.splits["train"].index, used)))
+        for into, first, count in ((validation, 0, EXTRA["validation"]), (test, EXTRA["validation"], EXTRA["test"])):
+            into.append(whole.splits["train"].subset(np.sort(rest[first : first + count])))
+        return validation, test
+
+    def model(self, seed: int) -> torch.nn.Module:
+        if self.loaded is None or self.loaded[0] != seed:
+            model = build_model(MODEL, len(self.dataset.class_names), self.dataset.image_size)
+            (cell,) = [cell for cell in plan(self.config)["baseline"] if cell.seed == seed]
+            expected = {"model": MODEL, "n_classes": len(self.dataset.class_names), "cell": cell.id}
+            load_checkpoint(self.store.checkpoint_path(self.data, MODEL, seed), model, expected)
+            self.loaded = seed, model.to(memory_format=torch.channels_last).eval()
+        return self.loaded[1]
+
+    def path(self, seed: int, label: str, setting: str | None) -> Path:
+        return self.folder / "mitigation" / f"s{seed}-{label}{f'-{setting}' if setting else ''}.json"
+
+    def measure(self, seed: int, label: str, setting: str | None) -> None:
+        path = self.path(seed, label, setting)
+        if path.exists():
+            return
+        start = time.perf_counter()
+        try:
+            model = self.model(seed) if setting is None else self.quantize(seed, label, setting)
+        except QuantizationError as error:  # a budget that no model keeps; its row is left out
+            print(f"{self.data} s{seed} {label} {setting}: {error}", flush=True)
+            return
+        seconds = time.perf_counter() - start
+        result = {"seconds": seconds, "size_mb": model_size_mb(model), "threads": torch.get_num_threads()}
+        reports = getattr(model, "reports", {})
+        result["training_seconds"] = reports["training"]["seconds"] if "training" in reports else 0.0
+        if "budgets" in reports:
+            result["budgets"] = reports["budgets"]
+        for part, splits in (("validation", self.validation), ("test", self.test)):
+            predictions = [predict(model, BatchLoader(split, 128, channels_last=True)) for split in splits]
+            result[part] = "".join("".join(map(str, each.y_pred)) for each in predictions)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+        label_N = self.labels("validation")
+        accuracy = (np.array(list(result["validation"])).astype(int) == label_N).mean()
+        print(f"{self.data} s{seed} {label} {setting or ''}: {100 * accuracy:.2f} %, {seconds:.0f} s", flush=True)
+
+    def quantize(self, seed: int, label: str, setting: str):
+        method, options = METHODS[label]
+        split = self.dataset.splits["train"]
+        generator = np.random.default_rng(seed_for("mitigation", self.data, seed, "calibration"))
+        needs_groups = method in ("qat", "ptq_static", "mixed_precision", "group_weighted_observers")
+        balance = None if needs_groups or method == "threshold_adjustment" else list(split.sensitive)
+        positions = np.unique(calibration_subset(split, CALIBRATION_IMAGES, generator, balance=balance))
+        options = dict(options)
+        if options.get("rounding") == "adaround":
+            options["reconstruction_iterations"] = ITERATIONS[self.data]
+        train = validation = None
+        if label in WITH_TRAINING:
+            options |= {"epochs": 1, "learning_rate": LEARNING_RATE, "batch_size": self.config.training.batch_size}
+            train = self.training_loader(seed)
+        if label in WITH_TRAINING or method == "threshold_adjustment":
+            validation = BatchLoader(self.validation[-1], 128, channels_last=True)
+        if method not in ("ptq_dynamic", "qat"):
+            options["seed"] = seed_for("mitigation", seed)
+        return apply_quantization(
+            self.model(seed),
+            method,
+            int(setting[1]),
+            BatchLoader(split.subset(generator.permutation(positions)), 128, channels_last=True),
+            activation_bits=int(setting[3]),
+            train_data=train,
+            validation_data=validation,
+            calibration_samples=CALIBRATION_IMAGES,
+            **options,
+        )
+
+    def training_loader(self, seed: int) -> BatchLoader:
+        settings = self.config.training
+        split = self.dataset.splits["train"]
+        order = np.random.default_rng(seed_for("mitigation", self.data, "training images")).permutation(len(split))
+        return BatchLoader(
+            split.subset(np.sort(order[: TRAINING_IMAGES[self.data]])),
+            settings.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(seed_for("mitigation", seed, "batches")),
+            flip=settings.flip,
+            shift=settings.shift,
+            brightness=settings.brightness,
+            drop_last=True,
+            channels_last=True,
+        )
+
+    # ------------------------------------------------------------------------------------------------- what was found
+
+    def labels(self, part: str) -> np.ndarray:
+        return np.concatenate([split.labels for split in getattr(self, part)])
+
+    def groups(self, part: str, attributes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        splits = getattr(self, part)
+        codes = {name: np.concatenate([split.sensitive[name] for split in splits]) for name in attributes}
+        return intersect(codes, {name: self.dataset.sensitive_names[name] for name in attributes})
+
+    def predictions(self, seeds: Sequence[int], label: str, setting: str | None, part: str) -> np.ndarray | None:
+        """(S, N) classes; None where a seed is missing."""
+        paths = [self.path(seed, label, setting) for seed in seeds]
+        if not all(path.exists() for path in paths):
+            return None
+        texts = [json.loads(path.read_text())[part] for path in paths]
+        return np.array([np.frombuffer(text.encode(), dtype=np.uint8) - ord("0") for text in texts]).astype(np.int64)
+
+    def worst_group(self, seeds, label: str, setting: str, attributes) -> tuple[int, float]:
+        """The group that loses most on validation, and how many points."""
+        codes_N, names = self.groups("validation", attributes)
+        label_N = self.labels("validation")
+        fp32, quantized = (
+            (self.predictions(seeds, name, width, "validation") == label_N).mean(axis=0)
+            for name, width in (("FP32", None), (label, setting))
+        )
+        drops = np.full(len(names), -np.inf)
+        for group in range(len(names)):
+            member = codes_N == group
+            if member.sum() >= LEAST_GROUP:
+                drops[group] = 100 * (fp32[member] - quantized[member]).mean()
+        return int(drops.argmax()), float(drops.max())
+
+    def best_plain(self, seeds, setting: str) -> str:
+        """The plain post-training method that costs the worst group least on validation."""
+        attributes = list(self.dataset.sensitive_names)
+        found = {
+            label: self.worst_group(seeds, label, setting, attributes)[1]
+            for label in PLAIN
+            if self.predictions(seeds, label, setting, "validation") is not None
+        }
+        return min(found, key=found.get)
+
+    def find_setting(self, seeds) -> str:
+        """The widest setting at which the best plain method costs the worst group MOST_DROP points on validation."""
+        attributes = list(self.dataset.sensitive_names)
+        for setting in SETTINGS:
+            drops = {}
+            for label in sorted(PLAIN, key=lambda label: (label != "PTQ", label != "PTQ, reconstruction")):
+                for seed in seeds:
+                    self.measure(seed, label, setting)
+                if self.predictions(seeds, label, setting, "validation") is not None:
+                    drops[label] = self.worst_group(seeds, label, setting, attributes)[1]
+                if drops and min(drops.values()) < MOST_DROP:
+                    break  # the best one costs no more
+            best = min(drops, key=drops.get)
+            print(f"{self.data} {setting}: {best} costs the worst group {drops[best]:.1f} points", flush=True)
+            if drops[best] >= MOST_DROP:
+                return setting
+        raise SystemExit(f"{self.data}: no setting costs a group {MOST_DROP} points")
+
+    def measured_setting(self, seeds) -> str:
+        """The setting that most methods were measured at."""
+        counts = {
+            setting: sum(self.path(seed, label, setting).exists() for label in METHODS for seed in seeds)
+            for setting in SETTINGS
+        }
+        return max(counts, key=counts.get)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+class Comparison:
+    """Everything about one data set, setting and grouping, on test images."""
+
+    def __init__(self, study: Study, seeds, setting: str, attributes: Sequence[str]):
+        self.study, self.seeds, self.setting = study, seeds, setting
+        self.plain = study.best_plain(seeds, setting)
+        self.group, self.validation_drop = study.worst_group(seeds, self.plain, setting, attributes)
+        self.codes_N, self.names = study.groups("test", attributes)
+        self.label_N = study.labels("test")
+        self.member_N = self.codes_N == self.group
+        generator = np.random.default_rng(seed_for("mitigation", "bootstrap", *attributes))
+        strata = [np.flatnonzero(self.codes_N == group) for group in range(len(self.names))]
+        self.weights_BN = np.zeros((REPLICATES, len(self.label_N)), dtype=np.float32)
+        for stratum in strata:
+            if len(stratum):
+                self.weights_BN[:, stratum] = generator.multinomial(
+                    len(stratum), np.full(len(stratum), 1 / len(stratum)), size=REPLICATES
+                )
+
+    def predicted(self, label: str) -> np.ndarray | None:
+        return self.study.predictions(self.seeds, label, None if label == "FP32" else self.setting, "test")
+
+    def accuracy(self, label: str) -> float:
+        """Of the worst group, in %."""
+        return float(100 * (self.predicted(label) == self.label_N)[:, self.member_N].mean())
+
+    def accuracy_of_all(self, label: str) -> float:
+        return float(100 * (self.predicted(label) == self.label_N).mean())
+
+    def difference(self, label: str, reference: str) -> tuple[float, float, float]:
+        """Accuracy of the worst group, label - reference, in points, with its interval."""
+        hits = [(self.predicted(name) == self.label_N).mean(axis=0)[self.member_N] for name in (label, reference)]
+        change_N = 100 * (hits[0] - hits[1])
+        weights_BN = self.weights_BN[:, self.member_N]
+        values_B = weights_BN @ change_N / weights_BN.sum(axis=1)
+        return (float(change_N.mean()), *map(float, np.quantile(values_B, [0.025, 0.975])))
+
+    def detectable(self, label: str, reference: str) -> float:
+        """The smallest true difference that is found 4 times out of 5, in points: 2.8 standard errors."""
+        hits = [(self.predicted(name) == self.label_N).mean(axis=0)[self.member_N] for name in (label, reference)]
+        change_N = 100 * (hits[0] - hits[1])
+        return float(2.8 * change_N.std(ddof=1) / np.sqrt(len(change_N)))
+
+    def gap(self, label: str, metric: str) -> float:
+        return float(100 * self._gaps(label, metric, None))
+
+    def gap_difference(self, label: str, reference: str, metric: str) -> tuple[float, float, float]:
+        values_B = self._gaps(label, metric, self.weights_BN) - self._gaps(reference, metric, self.weights_BN)
+        observed = self.gap(label, metric) - self.gap(reference, metric)
+        return (observed, *map(float, 100 * np.quantile(values_B, [0.025, 0.975])))
+
+    def _gaps(self, label: str, metric: str, weights_BN: np.ndarray | None):
+        groups, classes = len(self.names), 2
+        values = []
+        for predicted_N in self.predicted(label):
+            if weights_BN is None:
+                counts = count_table(self.codes_N, self.label_N, predicted_N, groups, classes)
+            else:
+                cell_N = (self.codes_N * classes + self.label_N) * classes + predicted_N
+                indicator = np.zeros((len(cell_N), groups * classes**2), dtype=np.float32)
+                indicator[np.arange(len(cell_N)), cell_N] = 1
+                counts = (weights_BN @ indicator).reshape(-1, groups, classes, classes)
+            values.append(group_metrics(counts, LEAST_GROUP)[metric])
+        return np.mean(values, axis=0)
+
+
+def show(study: Study, seeds, setting: str | None) -> None:
+    setting = setting or study.measured_setting(seeds)
+    attributes = list(study.dataset.sensitive_names)
+    for grouping in (attributes[:1], attributes):
+        comparison = Comparison(study, seeds, setting, grouping)
+        name, plain = comparison.names[comparison.group], comparison.plain
+        loss = comparison.difference("FP32", plain)
+        print(
+            f"\n{study.data}, {' x '.join(grouping)}, {setting}, {len(seeds)} seeds: the worst group on validation is "
+            f"{name} (it loses {comparison.validation_drop:.1f} points there with {plain}); on test, "
+            f"{int(comparison.member_N.sum())} images of it, {_interval(loss)} points\n"
+        )
+        print(
+            "| method | accuracy | worst group | against FP32 | against best plain PTQ | equalized odds | demographic "
+            "parity | MB | seconds |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|")
+        for label in ("FP32", *METHODS):
+            if comparison.predicted(label) is not None:
+                print(_row(comparison, study, seeds, label))
+        print()
+        for line in verdicts(comparison):
+            print(f"- {line}")
+
+
+def _row(comparison: Comparison, study: Study, seeds, label: str) -> str:
+    setting = None if label == "FP32" else comparison.setting
+    results = [json.loads(study.path(seed, label, setting).read_text()) for seed in seeds]
+    cells = [
+        f"**{label}**" if label == comparison.plain else label,
+        f"{comparison.accuracy_of_all(label):.1f}",
+        f"{comparison.accuracy(label):.1f}",
+        "" if label == "FP32" else _interval(comparison.difference(label, "FP32")),
+        "" if label in ("FP32", comparison.plain) else _interval(comparison.difference(label, comparison.plain)),
+    ]
+    for metric in ("equalized_odds_difference", "demographic_parity_difference"):
+        text = f"{comparison.gap(label, metric):.1f}"
+        if label != comparison.plain:
+            _, low, high = comparison.gap_difference(label, comparison.plain, metric)
+            text += f" ({low:+.1f} to {high:+.1f})"
+        cells.append(text)
+    cells += [f"{np.mean([r['size_mb'] for r in results]):.2f}", f"{np.mean([r['seconds'] for r in results]):.0f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """What the comparison was made to find out."""
+    plain = comparison.plain
+    loss = comparison.difference("FP32", plain)
+    lines = [
+        f"the smallest difference to {plain} that the group's {int(comparison.member_N.sum())} images show 4 times out "
+        f"of 5: {comparison.detectable('PTQ, reconstruction' if plain != 'PTQ, reconstruction' else 'PTQ', plain):.1f} "
+        "points"
+    ]
+    for kind, labels in (("without training", WITHOUT_TRAINING), ("with short training", WITH_TRAINING)):
+        for label in labels:
+            if comparison.predicted(label) is None:
+                continue
+            gain, rest = comparison.difference(label, plain), comparison.difference(label, "FP32")
+            share = 100 * gain[0] / loss[0] if loss[0] > 0 else np.nan
+            found = []
+            if gain[1] > 0:
+                found.append(f"recovers {share:.0f} % of the loss ({_interval(gain)} points)")
+            elif gain[2] < 0:
+                found.append(f"makes it worse ({_interval(gain)} points)")
+            is_back = rest[1] <= 0 <= rest[2] and rest[2] - rest[1] <= loss[0]
+            if is_back or rest[1] > 0:
+                found.append(f"the group is {'back at' if is_back else 'above'} FP32 ({_interval(rest)})")
+            if found:
+                lines.append(f"{label} ({kind}): {'; '.join(found)}")
+    return lines
+
+
+def _interval(values: tuple[float, float, float]) -> str:
+    return f"{values[0]:+.1f} [{values[1]:+.1f}, {values[2]:+.1f}]"
+
+
+if __name__ == "__main__":
+    main()

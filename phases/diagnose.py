@@ -1,0 +1,97 @@
+"""Diagnostics of a cell's model: why a group suffers (diagnostics.py), for the cells that the config selects.
+
+Which those are is no part of a cell's identity: a finished cell that a later config selects is made again from its
+checkpoint, diagnosed, and keeps its results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from config import Config
+from datasets import BatchLoader, FaceDataset
+from diagnostics import diagnose
+from phases.deploy import is_selected
+from phases.plan import Cell
+from runner import FATAL, one_line
+from store import Store, seed_for
+
+TABLES = {
+    "diagnostics": (
+        "model", "group", "n", "logit_variance", "margin", "margin_p10", "n_sampled", "gradient_norm",
+        "gradient_noise", "weight_gradient_norm", "hessian_eigenvalue", "hessian_residual", "hessian_converged",
+        "reason",
+    ),
+    "diagnostics_clipping": ("layer", "group", "n", "clipping_rate", "clipped_low", "clipped_high"),
+    "diagnostics_exemplars": (
+        "group", "n", "disagreements", "share", "share_ci_low", "share_ci_high", "over_representation",
+        "fp32_accuracy_exemplars", "fp32_accuracy_others",
+    ),
+}  # fmt: skip
+
+
+def is_complete(cell: Cell, config: Config, store: Store) -> bool:
+    """Whether the finished cell is diagnosed as the config wants it; True where it does not want it."""
+    if not is_wanted(cell, config):
+        return True
+    record = store.record(cell.id)
+    return record is not None and record["extra"].get("diagnostics_settings") == _settings(cell, config)
+
+
+def is_wanted(cell: Cell, config: Config) -> bool:
+    return cell.method != "none" and is_selected(cell, config.mitigation.diagnostics.cells)
+
+
+def measure_diagnostics(
+    fp32: nn.Module, quantized: nn.Module, cell: Cell, dataset: FaceDataset, config: Config, device: str, report: Any
+) -> dict[str, Any]:
+    """What goes into the cell's record: the three tables, of validation images, and what they were measured with.
+    Nothing where that fails, which is told."""
+    try:
+        return _measured(fp32, quantized, cell, dataset, config, device, report)
+    except FATAL:
+        raise
+    except Exception as error:  # the cell's results stand without it; the next run tries again
+        report.line(f"  {cell.id}: its diagnostics failed: {one_line(error)}")
+        return {}
+
+
+def _measured(fp32, quantized, cell: Cell, dataset: FaceDataset, config: Config, device: str, report) -> dict[str, Any]:
+    settings = config.mitigation.diagnostics
+    split = dataset.splits["validation"]
+    if settings.samples < len(split):
+        order = np.random.default_rng(seed_for(cell.seed, cell.dataset, cell.model, "diagnostics"))
+        split = split.subset(np.sort(order.permutation(len(split))[: settings.samples]))
+    found = diagnose(
+        fp32,
+        quantized.model if getattr(quantized, "reads_groups", False) else quantized,
+        BatchLoader(split, config.run.evaluation_batch_size, device=device, channels_last=True),
+        config.group_attribute(cell.dataset),
+        names=dataset.sensitive_names,
+        hessian_samples=settings.hessian_samples,
+        seed=seed_for(cell.seed, cell.dataset, cell.model, "hessian"),
+        progress=lambda what, share: report.progress(what, share),
+    )
+    tables = zip(TABLES, (found.groups, found.clipping, found.exemplars), strict=True)
+    return {name: table.to_dict("records") for name, table in tables} | {
+        "diagnostics_settings": _settings(cell, config)
+    }
+
+
+def _settings(cell: Cell, config: Config) -> dict[str, Any]:
+    settings = config.mitigation.diagnostics
+    return {
+        "samples": settings.samples,
+        "hessian_samples": settings.hessian_samples,
+        "attribute": config.group_attribute(cell.dataset),
+    }
+
+
+def write_tables(store: Store, planned: list[str]) -> None:
+    """diagnostics.csv, diagnostics_clipping.csv, diagnostics_exemplars.csv, where a cell was diagnosed."""
+    if any("diagnostics_settings" in record["extra"] for record in store.records().values()):
+        for name, columns in TABLES.items():
+            store.write_extra_table(name, name, columns, planned)

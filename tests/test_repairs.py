@@ -1,0 +1,258 @@
+"""Repairs without training, on a network in which each group's images have channels of their own. Each test fails where
+its repair does nothing."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from quantization import QuantizationError, apply_quantization
+from quantizers import fair_ptq, ptq
+from quantizers.groups import GroupedImages, drift, float_logits, logits_of
+from quantizers.modules import QuantizedModel
+from quantizers.numerics import QuantizationWarning
+from quantizers.reconstruction import reconstruct
+
+BITS = {"weight_bits": 3, "activation_bits": 3}
+FOUR = {"weight_bits": 4, "activation_bits": 4}
+
+
+class TwoPaths(nn.Module):
+    """Group 0 lives in the first channel of an image, group 1 in the second. Two layers hold most of the weights and do
+    little: a branch of small values beside the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.easy = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.hard = nn.Conv2d(16, 32, 1)
+        self.spare = nn.Conv2d(32, 64, 1)
+        self.rest = nn.Conv2d(64, 32, 1)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.easy(x))
+        x = torch.relu(self.hard(x))
+        x = x + self.rest(torch.relu(self.spare(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = TwoPaths().eval()
+    with torch.no_grad():
+        model.stem.weight[:8, 1] = 0.0  # half of the channels see group 0 only, half group 1
+        model.stem.weight[8:, 0] = 0.0
+        model.head.weight *= 10
+        model.rest.weight *= 0.05
+    return model
+
+
+def grouped(n: int = 48, minority: int = 16, seed: int = 0) -> GroupedImages:
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.cat([torch.zeros(n - minority), torch.ones(minority)]).long()
+    images = 0.1 * torch.randn(n, 3, 12, 12, generator=generator)
+    images[groups == 0, 0] += torch.randn(n - minority, 12, 12, generator=generator)
+    images[groups == 1, 1] += 3 * torch.randn(minority, 12, 12, generator=generator)
+    labels = torch.randint(0, 3, (n,), generator=generator)
+    order = torch.randperm(n, generator=generator)
+    return GroupedImages(images[order], labels[order], groups[order], ("0", "1"))
+
+
+def loader_of(images: GroupedImages) -> list[dict]:
+    return [{"image": images.images, "label": images.labels, "sensitive": {"group": images.groups}}]
+
+
+def drifts(model: nn.Module, quantized: QuantizedModel, images: GroupedImages) -> torch.Tensor:
+    """(G,) mean divergence of each group."""
+    with torch.no_grad():
+        exact = model(images.images)
+    return images.means(drift(exact, logits_of(quantized, images.images), images.labels))
+
+
+def output_error(model: nn.Module, quantized: QuantizedModel, images: GroupedImages) -> torch.Tensor:
+    """(G, K) mean error of the logits in each group."""
+    with torch.no_grad():
+        error_NK = logits_of(quantized, images.images) - model(images.images)
+    return torch.stack([error_NK[images.groups == group].mean(dim=0) for group in range(2)])
+
+
+def test_minimax_ranges_help_the_group_whose_activations_are_unusual(model):
+    images = grouped(60, 6)
+    plain = ptq.ptq_static(model, images.images, **BITS)
+    fair = fair_ptq.group_ranges(model, images, kind="minimax", **BITS)
+    ranges = [{name: float(q.scale) for name, q in m.activation_quantizers().items()} for m in (plain, fair)]
+    assert ranges[0]["x"] != pytest.approx(ranges[1]["x"], rel=1e-2)
+    # of the images themselves, the worst group's error is less
+    statistics = fair_ptq.observe_groups(fair, images, "minimax", "mse")["x"]
+    worst = {}
+    for name, quantized in (("plain", plain), ("fair", fair)):
+        quantizer = quantized.activation_quantizers()["x"]
+        low = -float(quantizer.scale * quantizer.zero_point)
+        worst[name] = statistics.group_errors(3, low, low + 7 * float(quantizer.scale)).max()
+    assert worst["fair"] < 0.9 * worst["plain"]
+
+
+def test_group_weighted_observers_see_a_minority_as_much_as_the_others(model):
+    """As if the groups were of one size, which a plain observer does not see."""
+    few, many = grouped(64, 4), grouped(64, 32)
+    scales = {}
+    for name, images in (("few", few), ("many", many)):
+        for kind in ("plain", "weighted"):
+            options = {"observer": "percentile", "percentile": 97.0}
+            if kind == "plain":
+                quantized = ptq.ptq_static(model, images.images, **BITS, **options)
+            else:
+                quantized = fair_ptq.group_ranges(model, images, kind="weighted", **BITS, **options)
+            scales[name, kind] = float(quantized.activation_quantizers()["x"].scale)
+    assert scales["few", "weighted"] == pytest.approx(scales["many", "weighted"], rel=0.1)
+    assert scales["few", "plain"] < 0.8 * scales["many", "plain"]
+
+
+def test_bias_correction_of_the_worst_group_takes_back_its_error(model):
+    images = grouped()
+    plain = ptq.ptq_static(model, images.images, bias_correction=True, weight_bits=3, activation_bits=8)
+    fair = fair_ptq.fair_bias_correction(model, images, weighting="worst_group", weight_bits=3, activation_bits=8)
+    worst = int(fair.reports["group_drift"]["drift"].argmax())
+    before, after = output_error(model, plain, images), output_error(model, fair, images)
+    assert after[worst].abs().sum() < 0.8 * before[worst].abs().sum()
+    balanced = fair_ptq.fair_bias_correction(model, images, weighting="balanced", weight_bits=3, activation_bits=8)
+    errors = output_error(model, balanced, images)
+    # each group is half of the mean, though it has a third of the images
+    assert before.mean(dim=0).abs().sum() > 1.5 * errors.mean(dim=0).abs().sum()
+
+
+def test_reconstruction_goes_where_the_weights_of_the_images_are(model):
+    images = grouped(64, 32)
+    errors = {}
+    for group in (0, 1):
+        quantized = ptq.ptq_static(model, images.images, keep_float=True, **BITS)
+        weights = (images.groups == group).float() + 1e-3
+        reconstruct(quantized, images.images, iterations=150, image_weights=weights)
+        errors[group] = drifts(model, quantized, images)
+    assert errors[0][0] < errors[1][0] and errors[1][1] < errors[0][1]
+    for weights in (-torch.ones(64), torch.zeros(64)):
+        with pytest.raises(QuantizationError, match="weights of the images"):
+            reconstruct(quantized, images.images, image_weights=weights)
+
+
+def test_weights_of_images_are_repetitions(model):
+    """An image that counts twice is as good as two: the errors that a reconstruction reports, and corrected biases."""
+    images = grouped(30, 10).images
+    twice = torch.cat([images, images[:10]])
+    weights = torch.ones(30)
+    weights[:10] = 2.0
+    tables, biases = [], []
+    for x, w in ((images, weights), (twice, None)):
+        quantized = ptq.attach(model, images, "ptq_static", 3, 3, ptq.Recipe())
+        recipe = ptq.Recipe(bias_correction=True)
+        ptq.quantize(quantized, ptq.observe_activations(quantized, images, recipe), x, recipe, bias_weights=w)
+        biases.append(torch.cat([layer.layer.bias.detach() for layer in quantized.layers().values()]))
+        quantized = ptq.ptq_static(model, images, keep_float=True, **BITS)
+        tables.append(reconstruct(quantized, x, iterations=1, image_weights=w).table()["error_nearest"])
+    assert torch.allclose(biases[0], biases[1], atol=1e-3)
+    assert tables[0].to_numpy() == pytest.approx(tables[1].to_numpy(), rel=0.02)
+
+
+def test_fair_reconstruction_weighs_the_worst_group(model, monkeypatch):
+    seen = {}
+
+    def spy(quantized, images, **options):
+        seen.update(options)
+        return reconstruct(quantized, images, **options)
+
+    monkeypatch.setattr("quantizers.reconstruction.reconstruct", spy)
+    images = grouped()
+    fair = fair_ptq.fair_reconstruction(model, images, reconstruction_iterations=2, **BITS)
+    worst = int(fair.reports["group_drift"]["drift"].argmax())
+    weights = seen["image_weights"]
+    assert weights[images.groups == worst].sum() / weights.sum() == pytest.approx(0.75)
+    fair_ptq.fair_reconstruction(model, images, weighting="balanced", reconstruction_iterations=2, **BITS)
+    assert seen["image_weights"][images.groups == 1].sum() / 48 == pytest.approx(0.5)
+
+
+def test_sensitive_layers_bring_the_worst_group_nearer_in_no_more_bytes(model):
+    images = grouped(60, 20)
+    plain = ptq.ptq_static(model, images.images, **FOUR)
+    fair = fair_ptq.sensitive_layers(model, images, layer_share=0.5, extra_share=0.0, **FOUR)
+    assert fair.description["sensitive_layers_kept"]
+    bytes_of = lambda m: sum(layer.weight_bytes() for layer in m.layers().values())  # noqa: E731
+    assert bytes_of(fair) <= bytes_of(plain)
+    table = fair.reports["sensitive_layers"].set_index("layer")
+    wide = list(table.index[table["choice"].isin(["wider", "wider input"])])
+    assert 1 <= len(wide) <= len(table) // 2 and set(fair.widths().values()) <= {3, 4, 8}
+    readers = {layer.name: source for source, layer in fair.inputs()}
+    assert all(readers[name].bits == 8 for name in wide)
+    assert all((fair.widths()[name] == 8) == (choice == "wider") for name, choice in table["choice"].items())
+    assert drifts(model, fair, images).max() < drifts(model, plain, images).max()
+    # what was said of it is what it is: nearest rounding is what was measured
+    table = fair.reports["sensitive_layers_groups"]
+    assert table["drift_chosen"].to_numpy() == pytest.approx(drifts(model, fair, images).numpy(), rel=0.3)
+    assert table["drift_uniform"].to_numpy() == pytest.approx(drifts(model, plain, images).numpy(), rel=0.3)
+
+
+def test_sensitive_layers_may_take_more_bytes_and_change_nothing_where_nothing_helps(model):
+    images = grouped(60, 20)
+    plain = ptq.ptq_static(model, images.images, **FOUR)
+    bytes_of = lambda m: sum(layer.weight_bytes() for layer in m.layers().values())  # noqa: E731
+    more = fair_ptq.sensitive_layers(model, images, layer_share=1.0, extra_share=0.4, **FOUR)
+    assert bytes_of(plain) < bytes_of(more) <= 1.4 * bytes_of(plain)
+    assert drifts(model, more, images).max() < 0.6 * drifts(model, plain, images).max()
+    none = fair_ptq.sensitive_layers(model, images, layer_share=0.01, **FOUR)  # of four layers none may be wide
+    assert set(none.reports["sensitive_layers"]["choice"]) <= {"as it is", "narrower"}
+    with pytest.raises(QuantizationError, match="nothing to widen"):
+        fair_ptq.sensitive_layers(model, images, weight_bits=8, activation_bits=8)
+
+
+def test_fair_mixed_precision_costs_the_worst_group_less_than_plain_in_the_same_bytes(model):
+    images = grouped(60, 12)
+    options = {"classifier_bits": None, "widths": [2, 3, 4, 6], "sensitivity_samples": 60, "calibration_samples": 60}
+    loader = loader_of(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantizationWarning)
+        plain = apply_quantization(model, "mixed_precision", 3, loader, **options)
+        fair = apply_quantization(model, "fair_mixed_precision", 3, loader, **options)
+        mean = apply_quantization(model, "fair_mixed_precision", 3, loader, worst_share=1.0, **options)
+    for each in (plain, fair, mean):
+        assert each.reports["budgets"]["size_bytes"] <= each.reports["budgets"]["size_budget_bytes"]
+
+    def worst(quantized: QuantizedModel) -> float:
+        """Of fair's measurement, group by group, the cost of the widths that were chosen."""
+        found = fair.reports["measurement"]
+        widths = [list(found.widths).index(quantized.widths()[name]) for name in found.layers]
+        values_N = found.values_LWN[range(len(widths)), widths].sum(axis=0)
+        drawn = fair_groups(loader)
+        return max(values_N[drawn == group].mean() for group in (0, 1))
+
+    def fair_groups(loader):
+        from quantizers.methods import METHODS, Data, _grouped, _settings
+
+        settings = _settings("fair_mixed_precision", METHODS["fair_mixed_precision"], options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantizationWarning)
+            return _grouped(Data(loader), settings).groups.numpy()
+
+    assert worst(fair) <= worst(plain) + 1e-9 and worst(fair) <= worst(mean) + 1e-9
+
+
+@pytest.mark.parametrize("strategy", ["bias_aware_calibration", "minimax_ranges", "fair_mixed_precision"])
+def test_repairs_refuse_data_without_groups(model, strategy):
+    images = grouped()
+    plain = [{"image": images.images, "label": images.labels, "sensitive": {}}]
+    with pytest.raises(QuantizationError, match="no sensitive attribute"):
+        apply_quantization(model, strategy, 4, plain)
+    one = [{"image": images.images, "label": images.labels, "sensitive": {"race": torch.zeros(48)}}]
+    with pytest.raises(QuantizationError, match=r"attribute race has one group \(0.*: 48 images\)"):
+        apply_quantization(model, strategy, 4, one)
+    with pytest.raises(QuantizationError, match="1 calibration images cannot hold the 2 groups of group"):
+        apply_quantization(model, strategy, 4, loader_of(images), calibration_samples=1)
+
+
+def test_float_parameters_are_there_for_training_and_gone_from_the_public_result(model):
+    images = grouped()
+    assert float_logits(fair_ptq.group_ranges(model, images, kind="minimax", **BITS), images.images) is not None
+    public = apply_quantization(model, "minimax_ranges", 3, loader_of(images), calibration_samples=48)
+    assert all(layer.float_weight is None for layer in public.layers().values())
