@@ -70,6 +70,8 @@ WITHOUT_TRAINING = {
     "reconstruction, worst group": ("fair_reconstruction", RECONSTRUCTION),
     "sensitive channels, +5 % bytes": ("sensitive_channels", RECONSTRUCTION),
     "sensitive layers": ("sensitive_layers", RECONSTRUCTION),
+    "sensitive layers, up to half": ("sensitive_layers", {**RECONSTRUCTION, "layer_share": 0.5}),
+    "sensitive layers, blind to groups": ("sensitive_layers", {**RECONSTRUCTION, "worst_share": 1.0}),
     "fair mixed precision": ("fair_mixed_precision", RECONSTRUCTION),
     "thresholds of groups": ("threshold_adjustment", RECONSTRUCTION),
 }

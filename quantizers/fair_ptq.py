@@ -129,6 +129,7 @@ def sensitive_layers(
     model: nn.Module,
     grouped: GroupedImages,
     *,
+    sensitivity_samples: int = 256,
     layer_share: float = 0.25,
     extra_share: float = 0.0,
     wide_bits: int = MAX_BITS,
@@ -139,7 +140,8 @@ def sensitive_layers(
     progress: ptq.Progress | None = None,
     **recipe,
 ) -> QuantizedModel:
-    """Keep the layers that cost the worst group most in 8 bits, weights and inputs, in a file of the same size."""
+    """Keep the layers that cost the worst group most in 8 bits, weights and inputs, in a file of the same size. Which
+    they are is measured on the first `sensitivity_samples` images."""
     recipe = ptq.Recipe(**recipe)
     if recipe.first_last_bits is not None:
         raise QuantizationError("sensitive_layers chooses which layers are wide: leave out first_last_bits")
@@ -150,7 +152,7 @@ def sensitive_layers(
     found = widen_sensitive_layers(
         quantized,
         statistics,
-        grouped,
+        grouped.first(sensitivity_samples),
         recipe,
         wide_bits=wide_bits,
         layer_share=layer_share,

@@ -39,6 +39,18 @@ class GroupedImages:
         """Images of each group, (G,) float64; at least 1, since a group is what has an image."""
         return torch.bincount(self.groups, minlength=len(self.names)).double()
 
+    def first(self, count: int) -> GroupedImages:
+        """The first `count` images. QuantizationError where a group has none of them."""
+        if count >= len(self.groups):
+            return self
+        part = GroupedImages(self.images[:count], self.labels[:count], self.groups[:count], self.names)
+        missing = [
+            name for name, n in zip(self.names, torch.bincount(part.groups, minlength=len(self.names))) if n == 0
+        ]
+        if missing:
+            raise QuantizationError(f"group {missing[0]} has none of {count} images: raise sensitivity_samples")
+        return part
+
     def means(self, values_N: torch.Tensor) -> torch.Tensor:
         """Mean of each group, (G,), of a value for each image (n,)."""
         totals_G = torch.zeros(len(self.names), dtype=torch.float64)
