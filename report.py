@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from result_rows import main_settings, model_label, with_labels
+from result_rows import main_settings, model_label, plain_counterparts, with_labels
 from store import INTERSECTION
 
 MISSING = "–"  # how a missing value is shown
@@ -153,6 +153,13 @@ DEPLOYED_NOTE = (
 )
 
 
+SAME_BYTES = 1.02  # a file that is so many times as large counts as one of the same size: ONNX beside packed tensors
+REPAIR_NOTE = (
+    "Repairs beside plain quantization of the same bits, and beside the best plain post-training quantization whose "
+    "file is no larger: change of the worst group's accuracy in points."
+)
+
+
 def deployment_table(rows: pd.DataFrame, deployment: pd.DataFrame) -> pd.DataFrame:
     """What engines made of the models (deployment_results.csv), beside the simulation; empty where none has run."""
     rows = with_labels(rows[rows["status"] == "done"])
@@ -181,6 +188,44 @@ def deployment_table(rows: pd.DataFrame, deployment: pd.DataFrame) -> pd.DataFra
         table[f"{heading}, simulated"] = [number(100 * value, 1) for value in found[column]]
         table[f"{heading}, deployed"] = [number(100 * value, 1) for value in found[f"deployed_{column}"]]
     return table.reset_index(drop=True)
+
+
+def repair_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each repair beside plain quantization: at the same bits, and the best of those whose file is no larger (to 2 %),
+    by worst-group accuracy; empty where there is no repair. The best plain one is chosen on the same test images, which
+    favours it. Changes are of worst-group accuracy, in points."""
+    rows = with_labels(rows[rows["status"] == "done"])
+    repaired = rows[rows["strategy"].notna()].sort_values(["dataset", "model", "seed", "setting_order"], kind="stable")
+    plain = rows[rows["strategy"].isna() & ~rows["method"].isin(["none", "qat"])]
+    if repaired.empty:
+        return pd.DataFrame()
+    pairs = plain_counterparts(rows)
+    by_cell = rows.set_index("cell")
+    lines = []
+    for row in repaired.to_dict("records"):
+        is_of_it = (
+            (plain["dataset"] == row["dataset"]) & (plain["model"] == row["model"]) & (plain["seed"] == row["seed"])
+        )
+        among = plain[is_of_it]
+        same_bits = among[(among["width"] == row["width"]) & (among["method"] == "ptq_static")].head(1)
+        bits = (
+            by_cell.loc[pairs[row["cell"]]] if row["cell"] in pairs else same_bits.iloc[0] if len(same_bits) else None
+        )
+        small = among[among["size_mb"] <= SAME_BYTES * row["size_mb"]].dropna(subset=["worst_group_accuracy"])
+        best = small.loc[small["worst_group_accuracy"].idxmax()] if len(small) else None
+        worst = row["worst_group_accuracy"]
+        line = {name: str(row[name]) for name in ("dataset", "seed") if rows[name].nunique() > 1}
+        line |= {"model": model_label(row["model"]), "setting": row["setting"]}
+        line |= {"MB": number(row["size_mb"], 3, significant=True), "accuracy %": number(100 * row["accuracy"], 1)}
+        line["worst group %"] = number(100 * worst, 1)
+        for reference, heading in ((bits, "same bits"), (best, "same bytes")):
+            change = np.nan if reference is None else 100 * (worst - reference["worst_group_accuracy"])
+            line[f"against {heading}"] = number(change, 1)
+        line["best plain of the same bytes"] = "" if best is None else best["setting"]
+        line["calibration s"] = number(row.get("calibration_seconds"), 1)
+        line["training s"] = number(row.get("training_seconds"), 1)
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def group_accuracy(rows: pd.DataFrame, groups: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:

@@ -220,7 +220,7 @@ def mitigation_comparison(rows: pd.DataFrame) -> Figure:
         "worst_group_accuracy": "worst-group accuracy (%)",
         "equalized_odds_difference": "equalized-odds diff. (points)",
     }
-    figure = _figure(WIDTH, 1.05 + 0.19 * len(keys))
+    figure = _figure(WIDTH, 1.05 + 0.19 * len(keys) * max(1.0, len(strategies) / 4))
     grid = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     spread = np.linspace(-0.2, 0.2, 1 + len(strategies))
     style = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(["", *strategies])}

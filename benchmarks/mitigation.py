@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from batches import BatchLoader
 from config import dump_config, load_config
@@ -46,7 +47,7 @@ MOST_DROP = 3.0  # points that the best plain PTQ costs the worst group at the s
 SETTINGS = ("W8A8", "W4A8", "W4A4", "W3A4", "W3A3", "W2A4", "W2A3", "W2A2")  # from wide to narrow
 CALIBRATION_IMAGES = 512
 EXTRA = {"validation": 1500, "test": 3000}  # of FairFace's training images that are not trained on, as many more
-TRAINING_IMAGES = {"fairface": 4000, "synthetic": 8000}  # of a short training: one epoch
+TRAINING_IMAGES = {"fairface": 4000, "synthetic": 4000}  # of a short training: one epoch
 LEARNING_RATE = 1e-3
 REPLICATES = 2000
 LEAST_GROUP = 50  # validation images of a group that may be the worst one
@@ -97,9 +98,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS))
     parser.add_argument("--setting", choices=SETTINGS, help="compare at this one")
     parser.add_argument("--threads", type=int, default=2, help="of the quantization; the float models have their own")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what is printed")
     parser.add_argument("--print", action="store_true", dest="only_print", help="compute nothing")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    comparisons = []
     for data in arguments.data:
         config = load_config(Path(__file__).with_name(f"mitigation_{data}.yaml"), arguments.set)
         study = Study(data, config, arguments.results_dir / data)
@@ -114,7 +117,9 @@ def main() -> None:
             for label in arguments.methods or METHODS:
                 for seed in seeds:
                     study.measure(seed, label, setting)
-        show(study, seeds, arguments.setting)
+        comparisons.append(show(study, seeds, arguments.setting))
+    if arguments.figure is not None:
+        figure(comparisons).savefig(arguments.figure, dpi=150)
 
 
 class Study:
@@ -371,7 +376,8 @@ class Comparison:
         return np.mean(values, axis=0)
 
 
-def show(study: Study, seeds, setting: str | None) -> None:
+def show(study: Study, seeds, setting: str | None) -> Comparison:
+    """Print the tables of the first attribute's groups and of the intersection's; returns the latter."""
     setting = setting or study.measured_setting(seeds)
     attributes = list(study.dataset.sensitive_names)
     for grouping in (attributes[:1], attributes):
@@ -394,6 +400,38 @@ def show(study: Study, seeds, setting: str | None) -> None:
         print()
         for line in verdicts(comparison):
             print(f"- {line}")
+    return comparison
+
+
+def figure(comparisons: Sequence[Comparison]) -> Figure:
+    """For each data set, what the worst group loses against FP32 by method, with its interval."""
+    found = Figure(figsize=(4.2 * len(comparisons), 5.2), layout="constrained")
+    axes = found.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
+    labels = [label for label in METHODS if any(c.predicted(label) is not None for c in comparisons)]
+    colours = {id(PLAIN): "#555555", id(WITHOUT_TRAINING): "#0072B2", id(WITH_TRAINING): "#D55E00"}
+    for axis, comparison in zip(axes, comparisons, strict=True):
+        for place, label in enumerate(labels):
+            if comparison.predicted(label) is None:
+                continue
+            value, low, high = comparison.difference(label, "FP32")
+            kind = next(methods for methods in (PLAIN, WITHOUT_TRAINING, WITH_TRAINING) if label in methods)
+            axis.errorbar(
+                value, place, xerr=[[value - low], [high - value]], fmt="o", markersize=4, color=colours[id(kind)],
+                capsize=2, linewidth=1,
+            )  # fmt: skip
+        best = comparison.difference(comparison.plain, "FP32")[0]
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.axvline(best, color="#555555", linewidth=0.8, linestyle="--")
+        axis.set_title(
+            f"{comparison.study.data}, {comparison.setting}: {comparison.names[comparison.group]}", fontsize=9
+        )
+        axis.set_xlabel("accuracy of the worst group against FP32, points", fontsize=8)
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(axis="x", linewidth=0.3)
+    axes[0].invert_yaxis()
+    found.suptitle("plain (grey; dashed: the best), without training (blue), with short training (orange)", fontsize=8)
+    return found
 
 
 def _row(comparison: Comparison, study: Study, seeds, label: str) -> str:

@@ -1,4 +1,4 @@
-"""Your own model and your own data: the cheapest 3-bit model that costs no group more than 4 points.
+"""Your own model and your own data: the cheapest 2-bit model that costs no group more than 6 points.
 
     python examples/own_model.py
 
@@ -37,7 +37,7 @@ def batches(n: int, seed: int, size: int = 100) -> list[tuple]:
 
 def main() -> None:
     torch.manual_seed(0)
-    train, held_out, test = batches(6000, seed=0), batches(9000, seed=1), batches(6000, seed=2)
+    train, held_out, test = batches(6000, seed=0), batches(15000, seed=1), batches(6000, seed=2)
     layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(800, 2))
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
@@ -47,10 +47,10 @@ def main() -> None:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
 
-    quantizer = FairnessAwareQuantizer(bit_width=3, max_worst_group_drop=0.04, sensitive_attributes=["lighting"])
+    quantizer = FairnessAwareQuantizer(bit_width=2, max_worst_group_drop=0.06, sensitive_attributes=["lighting"])
     quantized = quantizer.quantize(model=model.eval(), calibration_data=held_out, train_data=train)
     print(quantizer.summary())
-    for name, each in (("FP32", model), ("3 bits", quantized)):
+    for name, each in (("FP32", model), ("2 bits", quantized)):
         right = [torch.cat([each(x).argmax(1) == y for x, y, _ in test])[lights(test) == g] for g in (0, 1)]
         bright, dim = (100 * part.float().mean().item() for part in right)
         print(f"{name}: {bright:.1f} % right in bright light, {dim:.1f} % in dim light")

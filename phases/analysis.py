@@ -113,12 +113,15 @@ def analyse(
     best = report.best_settings(changes, done)
     deployment = store.read_extra_table("deployment_results")
     deployed = pd.DataFrame() if deployment is None else report.deployment_table(done, deployment)
+    repairs = report.repair_table(done)
     tables = {
         "results": (report.result_table(rows), "Every finished and failed cell."),
         "hypotheses": (_hypotheses_table(verdicts), "Hypotheses and what the data say about them."),
     }
     if len(best):
         tables["best"] = (report.best_table(best, level), f"Best setting at each width. {report.BEST_NOTE}")
+    if len(repairs):
+        tables["repairs"] = (repairs, report.REPAIR_NOTE)
     if len(deployed):
         tables["deployed"] = (deployed, report.DEPLOYED_NOTE)
     for name, (table, caption) in tables.items():
@@ -129,6 +132,8 @@ def analyse(
         f"{dataset}, {model_label(model)}: accuracy in %, group by group\n\n{report.to_markdown(table)}"
         for (dataset, model), table in report.group_accuracy(rows, all_groups).items()
     ]
+    if len(repairs):
+        by_group.append(f"repairs\n\n{report.to_markdown(repairs)}")
     if len(deployed):
         by_group.append(f"deployed models\n\n{report.to_markdown(deployed)}")
     write_text(store.analysis / "groups.md", "\n".join(by_group))

@@ -44,9 +44,8 @@ class GroupedImages:
         if count >= len(self.groups):
             return self
         part = GroupedImages(self.images[:count], self.labels[:count], self.groups[:count], self.names)
-        missing = [
-            name for name, n in zip(self.names, torch.bincount(part.groups, minlength=len(self.names))) if n == 0
-        ]
+        counts = torch.bincount(part.groups, minlength=len(self.names)).tolist()
+        missing = [name for name, n in zip(self.names, counts, strict=True) if n == 0]
         if missing:
             raise QuantizationError(f"group {missing[0]} has none of {count} images: raise sensitivity_samples")
         return part

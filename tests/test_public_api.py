@@ -105,4 +105,6 @@ def test_the_example_of_ones_own_model_runs(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert "is certified at" in done.stdout and "3 bits: " in done.stdout.replace("2 bits", "3 bits")
+    lines = done.stdout.splitlines()
+    assert "is certified at" in lines[0] and not lines[0].startswith("ptq_static (rung 1")  # plain misses the bound
+    assert lines[-1].startswith("2 bits: ")

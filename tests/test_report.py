@@ -13,6 +13,7 @@ from report import (
     latex_escape,
     markdown_escape,
     number,
+    repair_table,
     report_html,
     result_table,
     summary_markdown,
@@ -383,3 +384,31 @@ def test_without_an_engine_there_is_no_section():
     assert "## Deployed" in told and "| 99.5 |" in told
     assert 'id="deployed"' in report_html(study(deployed=deployed()), {})
     assert 'id="deployed"' not in report_html(study(), {})
+
+
+def test_repairs_stand_beside_plain_quantization_of_the_same_bits_and_of_the_same_bytes():
+    shared = {"dataset": "synthetic", "model": "resnet50", "seed": 0, "status": "done", "strategy": None, "accuracy": 0.9,
+              "activation_bits": 4, "method": "ptq_static", "training_seconds": np.nan, "calibration_seconds": 2.0,
+              "options": '{"observer":"mse"}'}  # fmt: skip
+    rows = pd.DataFrame(
+        [
+            {**shared, "cell": "fp32", "method": "none", "weight_bits": np.nan, "activation_bits": np.nan, "size_mb": 40.0,
+             "worst_group_accuracy": 0.9},
+            {**shared, "cell": "w4", "weight_bits": 4, "size_mb": 5.0, "worst_group_accuracy": 0.70},
+            {**shared, "cell": "w3", "weight_bits": 3, "size_mb": 3.8, "worst_group_accuracy": 0.75},
+            {**shared, "cell": "mixed", "method": "mixed_precision", "weight_bits": 4, "size_mb": 5.05,
+             "worst_group_accuracy": 0.78},
+            {**shared, "cell": "w8", "weight_bits": 8, "size_mb": 10.0, "worst_group_accuracy": 0.89},
+            {**shared, "cell": "r", "strategy": "sensitive_layers", "weight_bits": 4, "size_mb": 5.0,
+             "worst_group_accuracy": 0.80},
+            {**shared, "cell": "t", "strategy": "group_dro", "method": "qat", "weight_bits": 4, "size_mb": 3.8,
+             "worst_group_accuracy": 0.81, "training_seconds": 30.0},
+        ]
+    )  # fmt: skip
+    table = repair_table(rows).set_index("against same bits")
+    layers, trained = (table.iloc[place] for place in (0, 1))
+    assert [float(value) for value in table.index] == [10.0, 11.0]  # both against w4
+    assert float(layers["against same bytes"]) == 2.0 and "mixed" in layers["best plain of the same bytes"]
+    assert float(trained["against same bytes"]) == 6.0 and trained["best plain of the same bytes"].startswith("W3A4")
+    assert (layers["training s"], trained["training s"]) == ("–", "30.0")
+    assert repair_table(rows[rows["strategy"].isna()]).empty
