@@ -387,13 +387,14 @@ def test_without_an_engine_there_is_no_section():
 
 
 def test_repairs_stand_beside_plain_quantization_of_the_same_bits_and_of_the_same_bytes():
-    shared = {"dataset": "synthetic", "model": "resnet50", "seed": 0, "status": "done", "strategy": None, "accuracy": 0.9,
+    shared = {"dataset": "synthetic", "model": "resnet50", "seed": 0, "status": "done", "strategy": None,
+              "accuracy": 0.9,
               "activation_bits": 4, "method": "ptq_static", "training_seconds": np.nan, "calibration_seconds": 2.0,
               "options": '{"observer":"mse"}'}  # fmt: skip
     rows = pd.DataFrame(
         [
-            {**shared, "cell": "fp32", "method": "none", "weight_bits": np.nan, "activation_bits": np.nan, "size_mb": 40.0,
-             "worst_group_accuracy": 0.9},
+            {**shared, "cell": "fp32", "method": "none", "weight_bits": np.nan, "activation_bits": np.nan,
+             "size_mb": 40.0, "worst_group_accuracy": 0.9},
             {**shared, "cell": "w4", "weight_bits": 4, "size_mb": 5.0, "worst_group_accuracy": 0.70},
             {**shared, "cell": "w3", "weight_bits": 3, "size_mb": 3.8, "worst_group_accuracy": 0.75},
             {**shared, "cell": "mixed", "method": "mixed_precision", "weight_bits": 4, "size_mb": 5.05,
