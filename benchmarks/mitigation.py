@@ -48,13 +48,12 @@ SETTINGS = ("W8A8", "W4A8", "W4A4", "W3A4", "W3A3", "W2A4", "W2A3", "W2A2")  # f
 CALIBRATION_IMAGES = 512
 EXTRA = {"validation": 1500, "test": 3000}  # of FairFace's training images that are not trained on, as many more
 TRAINING_IMAGES = {"fairface": 4000, "synthetic": 4000}  # of a short training: one epoch
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-4
 REPLICATES = 2000
 LEAST_GROUP = 50  # validation images of a group that may be the worst one
 
 ITERATIONS = {"fairface": 50, "synthetic": 100}  # optimizer steps a block
 RECONSTRUCTION = {"rounding": "adaround"}
-SENSITIVE = {"start": "sensitive_layers"}
 PLAIN = {
     "PTQ": ("ptq_static", {}),
     "PTQ, bias corrected": ("ptq_static", {"bias_correction": True}),
@@ -76,15 +75,15 @@ WITHOUT_TRAINING = {
     "fair mixed precision": ("fair_mixed_precision", RECONSTRUCTION),
     "thresholds of groups": ("threshold_adjustment", RECONSTRUCTION),
 }
-WITH_TRAINING = {
+WITH_TRAINING = {  # from the best that there is without: reconstruction, or the repair that is named
     "QAT": ("qat", {}),
-    "balanced fine-tuning": ("balanced_finetuning", {}),
-    "reweighing": ("reweighing", {}),
-    "fairness fine-tuning": ("fairness_finetuning", {}),
-    "group DRO": ("group_dro", {}),
-    "distillation": ("distillation", {}),
-    "sensitive layers, then group DRO": ("group_dro", SENSITIVE),
-    "sensitive layers, then distillation": ("distillation", SENSITIVE),
+    "balanced fine-tuning": ("balanced_finetuning", RECONSTRUCTION),
+    "reweighing": ("reweighing", RECONSTRUCTION),
+    "fairness fine-tuning": ("fairness_finetuning", RECONSTRUCTION),
+    "group DRO": ("group_dro", RECONSTRUCTION),
+    "distillation": ("distillation", RECONSTRUCTION),
+    "sensitive layers, then group DRO": ("group_dro", {**RECONSTRUCTION, "start": "sensitive_layers"}),
+    "sensitive layers, then distillation": ("distillation", {**RECONSTRUCTION, "start": "sensitive_layers"}),
 }
 METHODS = {**PLAIN, **WITHOUT_TRAINING, **WITH_TRAINING}
 

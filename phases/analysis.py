@@ -133,7 +133,8 @@ def analyse(
         for (dataset, model), table in report.group_accuracy(rows, all_groups).items()
     ]
     if len(repairs):
-        by_group.append(f"repairs\n\n{report.to_markdown(repairs)}")
+        timeless = repairs.drop(columns=["calibration s", "training s"])
+        by_group.append(f"repairs\n\n{report.to_markdown(timeless)}")
     if len(deployed):
         by_group.append(f"deployed models\n\n{report.to_markdown(deployed)}")
     write_text(store.analysis / "groups.md", "\n".join(by_group))

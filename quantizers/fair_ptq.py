@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from quantizers import ptq
+from quantizers.bias_correction import correct_biases
 from quantizers.calibration import check_images, set_ranges
 from quantizers.fair_ranges import Kind, observe_groups
 from quantizers.groups import Drift, GroupedImages, Weighting, drift, float_logits, group_shares, logits_of
@@ -148,7 +149,8 @@ def sensitive_layers(
     quantized = _attached(model, grouped, weight_bits, activation_bits, recipe)
     statistics = ptq.observe_activations(quantized, grouped.images, recipe)
     # with the rounding that it will have: where rounding to nearest ruins everything, no layer alone makes a difference
-    ptq.quantize(quantized, statistics, grouped.images, dataclasses.replace(recipe, bias_correction=False))
+    uniform = dataclasses.replace(recipe, bias_correction=False)
+    ptq.quantize(quantized, statistics, grouped.images, uniform, progress)
     found = widen_sensitive_layers(
         quantized,
         statistics,
@@ -159,9 +161,11 @@ def sensitive_layers(
         extra_share=extra_share,
         metric=metric,
         worst_share=worst_share,
-        progress=None if progress is None else lambda what, share: progress(what, 0.5 * share),
+        progress=progress,
     )
-    ptq.quantize(quantized, statistics, grouped.images, recipe, progress)
+    if recipe.bias_correction:
+        quantized.description["bias_correction_images"] = correct_biases(quantized, grouped.images)
+    quantized.round_biases()
     quantized.reports["sensitive_layers"] = found.table
     quantized.reports["sensitive_layers_groups"] = pd.DataFrame(
         {"group": list(grouped.names), "drift_uniform": found.before_G, "drift_chosen": found.after_G}

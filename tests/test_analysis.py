@@ -301,6 +301,7 @@ def test_every_named_artifact_is_there_and_readable(study):
     assert {path.name for path in (store.analysis / "tables").glob("*.tex")} == {
         "best.tex",
         "hypotheses.tex",
+        "repairs.tex",
         "results.tex",
     }
     assert not list(store.analysis.rglob("*.tmp"))
