@@ -34,7 +34,7 @@ class GroupThresholds(nn.Module):
 
     The logits are 0 and the model's own margin, its sign changed where the group's threshold decides otherwise: they
     are no probabilities any more. `rules`, (G, 5) float64, has the columns p0, threshold0, p1, threshold1, offset of
-    each group: class 1 with probability offset + sum_i p_i [margin > threshold_i] (a negative p_i: below it).
+    each group: class 1 with probability offset + sum_i p_i [margin > threshold_i].
     """
 
     reads_groups = True
@@ -81,8 +81,7 @@ class GroupThresholds(nn.Module):
         margin = margin_N.double().numpy()
         probability = rules[:, 4].copy()
         for p, threshold in ((rules[:, 0], rules[:, 1]), (rules[:, 2], rules[:, 3])):
-            is_chosen = np.where(p >= 0, margin > threshold, margin < threshold)
-            probability += np.abs(p) * is_chosen
+            probability += p * (margin > threshold)
         return torch.from_numpy(probability > _uniform(margin))
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
@@ -161,8 +160,8 @@ def _rule(interpolation: Mapping[str, Any]) -> list[float]:
     row: list[float] = []
     for key in ("0", "1"):
         operation = interpolation[f"operation{key}"]
-        p = (1 - ignored) * float(interpolation[f"p{key}"])
-        row += [p if operation.operator == ">" else -p, float(operation.threshold)]
+        assert operation.operator == ">", "ThresholdOptimizer was not told to flip"
+        row += [(1 - ignored) * float(interpolation[f"p{key}"]), float(operation.threshold)]
     return [*row, ignored * float(interpolation.get("prediction_constant", 0.0))]
 
 

@@ -3,6 +3,7 @@ its repair does nothing."""
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,9 +11,11 @@ from torch import nn
 from quantization import QuantizationError, apply_quantization
 from quantizers import fair_ptq, ptq
 from quantizers.groups import GroupedImages, drift, float_logits, logits_of
+from quantizers.mixed_precision import choose_widths, mixed_precision
 from quantizers.modules import QuantizedModel
 from quantizers.numerics import QuantizationWarning
 from quantizers.reconstruction import reconstruct
+from quantizers.sensitivity import Sensitivity
 
 BITS = {"weight_bits": 3, "activation_bits": 3}
 FOUR = {"weight_bits": 4, "activation_bits": 4}
@@ -141,10 +144,10 @@ def test_reconstruction_goes_where_the_weights_of_the_images_are(model):
 
 def test_weights_of_images_are_repetitions(model):
     """An image that counts twice is as good as two: the errors that a reconstruction reports, and corrected biases."""
-    images = grouped(30, 10).images
-    twice = torch.cat([images, images[:10]])
-    weights = torch.ones(30)
-    weights[:10] = 2.0
+    images = grouped(50, 10).images  # more than pass at once
+    twice = torch.cat([images, images[40:]])
+    weights = torch.ones(50)
+    weights[40:] = 2.0
     tables, biases = [], []
     for x, w in ((images, weights), (twice, None)):
         quantized = ptq.attach(model, images, "ptq_static", 3, 3, ptq.Recipe())
@@ -236,6 +239,37 @@ def test_fair_mixed_precision_costs_the_worst_group_less_than_plain_in_the_same_
             return _grouped(Data(loader), settings).groups.numpy()
 
     assert worst(fair) <= worst(plain) + 1e-9 and worst(fair) <= worst(mean) + 1e-9
+
+
+def test_fair_mixed_precision_chooses_widths_for_the_worst_group(model, monkeypatch):
+    """Two layers of one size matter, one a little to both groups, one much to a small group alone."""
+    images = grouped(40, 8)
+    quantized = ptq.attach(model, images.images, "mixed_precision", 4, 8, ptq.Recipe())
+    names = list(quantized.layers())
+    values = np.zeros((len(names), 2, 40))
+    one, other = names.index("spare"), names.index("rest")
+    values[one, 0] = 1.0
+    values[other, 0, images.groups == 1] = 4.0  # in the mean 0.8
+    sizes = np.array([[2000, 4000] if name in ("spare", "rest") else [10, 10] for name in names])
+    sensitivity = Sensitivity(tuple(names), (3, 6), values, sizes, "kl", 0.0)
+    options = {"weight_bits": 4, "activation_bits": 8, "classifier_bits": None, "size_budget_bytes": 7_500}
+    widths = {
+        groups is not None: choose_widths(quantized, sensitivity, images.images, groups=groups, **options)[0]
+        for groups in (None, images.groups)
+    }
+    assert (widths[False]["spare"], widths[False]["rest"]) == (6, 3)
+    assert (widths[True]["spare"], widths[True]["rest"]) == (3, 6)
+    seen = {}
+
+    def spy(*arguments, **given):
+        seen.update(given)
+        return mixed_precision(*arguments, **given)
+
+    monkeypatch.setattr("quantizers.methods.mixed_precision", spy)
+    apply_quantization(
+        model, "fair_mixed_precision", 4, loader_of(images), calibration_samples=40, classifier_bits=None
+    )
+    assert len(seen["groups"]) == 40 and set(seen["groups"].tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("strategy", ["bias_aware_calibration", "minimax_ranges", "fair_mixed_precision"])
