@@ -55,10 +55,10 @@ LADDER: tuple[Rung, ...] = (  # from the cheapest to the dearest; those that tra
     ("ptq_static", {"rounding": "adaround"}),
     ("fair_reconstruction", {}),
     ("qat", {}),
-    ("balanced_finetuning", {}),
-    ("group_dro", {}),
-    ("distillation", {}),
-    ("fairness_finetuning", {}),
+    ("balanced_finetuning", {"rounding": "adaround"}),
+    ("group_dro", {"rounding": "adaround"}),
+    ("distillation", {"rounding": "adaround"}),
+    ("fairness_finetuning", {"rounding": "adaround"}),
 )
 GROUP_THRESHOLDS: Rung = ("threshold_adjustment", {})  # reads the group of every image: only where that is allowed
 TRAINED = ("qat", "balanced_finetuning", "reweighing", "group_dro", "distillation", "fairness_finetuning")

@@ -80,7 +80,7 @@ def test_it_climbs_past_what_hurts_a_group_and_the_bound_holds_on_new_images(mod
     assert report["verdict"][0] == "FP32 is within the bounds"
     assert report["selection_estimate"][1] > 0.4 and report["verdict"][1].startswith("not kept on the selection images")
     assert np.isnan(report["certification_estimate"][1])  # what fails on selection never sees them
-    assert report["verdict"][2].startswith("certified at 0.975") and report["certification_high"][2] <= 0.2
+    assert report["verdict"][2].startswith("certified at 97.5 %") and report["certification_high"][2] <= 0.2
     assert report["size_mb"][1] == pytest.approx(report["size_mb"][2], rel=0.01) and report["seconds"][1] > 0
     certificate = quantizer.certificate
     assert certificate["metric"] == DP and certificate["bound"] == 0.2 and certificate["n"] == 400
@@ -88,7 +88,7 @@ def test_it_climbs_past_what_hurts_a_group_and_the_bound_holds_on_new_images(mod
     assert certificate["level"] == 0.975 and certificate["groups_left_out"] == {}
     assert certificate["smallest_certifiable"] <= certificate["high"] + 0.01
     assert quantizer.final_dp_gap == certificate["observed"] == report["final_dp_gap"][2]
-    assert "certified at 0.975" in quantizer.summary() and "activation_bits=8" in quantizer.summary()
+    assert "certified at 97.5 %" in quantizer.summary() and "activation_bits=8" in quantizer.summary()
 
 
 def test_the_call_of_the_readme(model):
@@ -320,8 +320,8 @@ def test_a_failed_certificate_is_followed_by_the_next_rung_at_half_the_error(mon
     quantizer.quantize(Drawn(15, (0.5, 0.5)), data, certification_data=certification)
     assert quantizer.satisfied
     verdicts = quantizer.report["verdict"].tolist()
-    assert verdicts[1].startswith("not kept") and "certified at 0.975" in verdicts[2] and "not cert" in verdicts[2]
-    assert verdicts[3].startswith("certified at 0.9875")
+    assert verdicts[1].startswith("not kept") and "certified at 97.5 %" in verdicts[2] and "not cert" in verdicts[2]
+    assert verdicts[3].startswith("certified at 98.75 %")
     assert quantizer.report["certification_level"].tolist()[2:] == [0.975, 0.9875]
 
 
@@ -334,7 +334,7 @@ def test_near_candidates_have_their_turn_the_best_first(monkeypatch):
     report = quantizer.report
     assert (report["selection_high"][1:] > 0.15).all() and quantizer.satisfied
     best = int(report["selection_high"][1:].idxmin())
-    assert report["verdict"][best].startswith("certified at 0.975") and np.isnan(report["certification_high"][2])
+    assert report["verdict"][best].startswith("certified at 97.5 %") and np.isnan(report["certification_high"][2])
 
 
 def test_the_intersection_is_held_where_it_is_asked_for(monkeypatch):

@@ -244,8 +244,12 @@ def test_bounds_may_differ_between_channels(trained, images):
     assert set(layer.weight_integer[:2].unique().tolist()) <= {-2, -1, 0, 1}
 
 
-def test_the_gradient_passes_a_dynamic_range():
+def test_the_gradient_passes_a_dynamic_range(trained, images):
     """As it is, but for the ends of the range, which rounding of the zero point may leave just outside."""
+    quantized = dynamic(trained, images)
+    count = len(quantized.activation_quantizers())
+    with learnable(quantized, keep_rounding=True):
+        assert sum(isinstance(module, PassedActivation) for module in quantized.modules()) == count > 0
     quantizer = DynamicActivationQuantizer("x", 4)
     x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y = PassedActivation(quantizer)(x)
