@@ -11,6 +11,7 @@ from config import BackendName
 from models import build_model
 from quantization import METHODS, QuantizationError, apply_quantization
 from quantizers.inference import FastQuantizer
+from quantizers.methods import options_of
 from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, QuantizedModel
 from quantizers.numerics import (
     BACKENDS,
@@ -89,16 +90,21 @@ def loader() -> list[dict]:
     ]
 
 
+WIDENING = ("sensitive_channels", "sensitive_layers")  # they keep parts of a narrower model in 8 bits
+
+
 def quantize(model, loader, method="ptq_static", bits=8, **options) -> QuantizedModel:
     """By the public API, quickly: few images, one epoch."""
-    quick = {
-        "ptq_static": {"calibration_samples": 32},
-        "ptq_dynamic": {},
-        "qat": {"calibration_samples": 32, "epochs": 1, "learning_rate": 1e-2, "train_data": loader},
-        "mixed_precision": {"calibration_samples": 32, "sensitivity_samples": 8},
-        "bias_aware_calibration": {"calibration_samples": 32},
-    }
-    return apply_quantization(model, method, bits, loader, **quick[method] | options)
+    known = options_of(METHODS[method])
+    quick = {"calibration_samples": 32, "sensitivity_samples": 8, "epochs": 1, "learning_rate": 1e-2}
+    quick = {key: value for key, value in quick.items() if key in known}
+    if method == "fair_mixed_precision":
+        quick["sensitivity_samples"] = 32  # every group among them
+    if METHODS[method].needs_train_data:
+        quick["train_data"] = loader
+    if method in WIDENING and bits == 8:
+        bits = 4
+    return apply_quantization(model, method, bits, loader, **quick | options)
 
 
 def logits(quantized: nn.Module, loader) -> torch.Tensor:
@@ -107,8 +113,12 @@ def logits(quantized: nn.Module, loader) -> torch.Tensor:
 
 
 def integers(quantized: QuantizedModel, bits: int = 8) -> torch.Tensor:
-    """All weights of the layers of this width."""
-    layers = [layer.weight_integer.flatten() for layer in quantized.layers().values() if layer.bits == bits]
+    """All weights of the layers of this width, or with channels of it."""
+    layers = [
+        layer.weight_integer.flatten()
+        for layer in quantized.layers().values()
+        if layer.bits == bits or (layer.wide_count() and layer.wide_bits == bits)
+    ]
     return torch.cat(layers).int()
 
 
@@ -285,8 +295,10 @@ def test_only_8_bits_have_another_range(bits):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_works_under_every_backend(method, scheme, model, loader):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    options = {"widths": [2, 8, 16]} if method == "mixed_precision" else {}
+    options = {"widths": [2, 8, 16]} if method in ("mixed_precision", "fair_mixed_precision") else {}
+    options |= {"extra_share": 0.6} if method in WIDENING else {}
     quantized = quantize(model, loader, method, **scheme, **options)
+    quantized = getattr(quantized, "model", quantized)  # with thresholds around it
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     result = logits(quantized, loader)
     assert torch.isfinite(result).all() and not torch.equal(result, logits(model, loader))
@@ -296,7 +308,8 @@ def test_every_method_works_under_every_backend(method, scheme, model, loader):
     assert low <= found.min() and found.max() <= high
     assert found.min() < -60 and found.max() > 60  # so that the bounds above say something
     for layer in quantized.layers().values():
-        assert layer.bounds() == weight_range(layer.bits, (low, high))
+        if not layer.wide_count():
+            assert layer.bounds() == weight_range(layer.bits, (low, high))
     assert len(quantized.placement.matmuls) == (2 if scheme["backend"] == "tensorrt" else 0)
     for quantizer in quantized.activation_quantizers().values():
         assert quantizer.is_signed is (scheme["backend"] != "x86")
