@@ -290,3 +290,14 @@ def test_float_parameters_are_there_for_training_and_gone_from_the_public_result
     assert float_logits(fair_ptq.group_ranges(model, images, kind="minimax", **BITS), images.images) is not None
     public = apply_quantization(model, "minimax_ranges", 3, loader_of(images), calibration_samples=48)
     assert all(layer.float_weight is None for layer in public.layers().values())
+
+
+def test_sensitive_layers_with_learned_rounding_are_no_worse_than_without_wide_layers(model):
+    """What is said of the model that is returned is measured on it, whichever of the two roundings it has."""
+    images = grouped(60, 20)
+    options = {"rounding": "adaround", "reconstruction_iterations": 30, "extra_share": 0.4, "layer_share": 1.0}
+    fair = fair_ptq.sensitive_layers(model, images, **options, **FOUR)
+    table = fair.reports["sensitive_layers_groups"]
+    assert fair.description["sensitive_layers_kept"]
+    assert table["drift_chosen"].max() < table["drift_uniform"].max()
+    assert drifts(model, fair, images).numpy() == pytest.approx(table["drift_chosen"].to_numpy(), rel=0.02)
