@@ -24,6 +24,7 @@ from quantizers import ptq
 from quantizers.bias_correction import correct_biases
 from quantizers.calibration import check_images, set_ranges
 from quantizers.fair_ranges import Kind, observe_groups
+from quantizers.group_allocation import conditional_value_at_risk
 from quantizers.groups import Drift, GroupedImages, Weighting, drift, float_logits, group_shares, logits_of
 from quantizers.modules import QuantizedModel
 from quantizers.numerics import MAX_BITS, QuantizationError
@@ -166,7 +167,9 @@ def sensitive_layers(
         progress=progress,
     )
     if found.is_kept and recipe.rounding == "adaround":
-        quantized, found = _rounded_again(quantized, statistics, grouped, watched, uniform, metric, found, progress)
+        quantized, found = _rounded_again(
+            quantized, statistics, grouped, watched, uniform, metric, found, worst_share, progress
+        )
     if recipe.bias_correction:
         quantized.description["bias_correction_images"] = correct_biases(quantized, grouped.images)
     quantized.round_biases()
@@ -178,14 +181,15 @@ def sensitive_layers(
     return quantized
 
 
-def _rounded_again(quantized, statistics, grouped, watched, recipe, metric, found, progress):
+def _rounded_again(quantized, statistics, grouped, watched, recipe, metric, found, worst_share, progress):
     """The model whose rounding is learned anew around its wide layers, where that brings the worst group nearer still;
     else the model as it is."""
     again = copy.deepcopy(quantized)
     ptq.quantize(again, statistics, grouped.images, recipe, progress)
     drift_N = drift(float_logits(again, watched.images), logits_of(again, watched.images), watched.labels, metric)
     drift_G = watched.means(drift_N).numpy()
-    if drift_G.max() < found.after_G.max():
+    share = 1 / len(drift_G) if worst_share is None else worst_share
+    if conditional_value_at_risk(drift_G, share) < conditional_value_at_risk(found.after_G, share):
         return again, dataclasses.replace(found, after_G=drift_G)
     return quantized, found
 

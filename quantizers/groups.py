@@ -87,6 +87,12 @@ def gather_groups(
         for image, label, code in zip(torch.as_tensor(batch["image"]), labels, codes, strict=True):
             if not is_balanced and sum(seen.values()) == samples:
                 break
+            if is_balanced and code not in kept and kept:  # the shares shrink: a fair part of each group stays
+                share = -(-samples // (len(kept) + 1))
+                for other, members in kept.items():
+                    if len(members) > share:
+                        stay = np.sort(generator.choice(len(members), share, replace=False))
+                        kept[other] = [members[int(place)] for place in stay]
             group = kept.setdefault(code, [])
             seen[code] = seen.get(code, 0) + 1
             share = -(-samples // len(kept)) if is_balanced else samples

@@ -8,8 +8,7 @@ activations).
 
 An integer program (quantizers.group_allocation) then chooses which layers become wider and which narrower, so that the
 model's file is no larger than before and the worst group has lost least. It takes the changes as if they added up;
-whether they do is measured on the calibration images, and the model is left as it was where the worst group gained
-nothing.
+whether they do is measured on the calibration images, and the model is left as it was where that group gained nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch import nn
 
 from quantizers import ptq
 from quantizers.calibration import Statistics
-from quantizers.group_allocation import allocate_for_groups
+from quantizers.group_allocation import allocate_for_groups, conditional_value_at_risk
 from quantizers.groups import Drift, GroupedImages, drift, float_logits, logits_of
 from quantizers.modules import LARGEST_BIAS, ActivationQuantizer, QuantizedLayer, QuantizedModel
 from quantizers.numerics import MAX_BITS, QuantizationError, check_bits
@@ -88,10 +87,12 @@ def widen_sensitive_layers(
         for option in options:
             width = _width(layer, option, wide_bits)
             bytes_LC[place, option] = layer.bytes_at(width)
-            if width < NARROWEST or (option == WIDER_INPUT and layer not in inputs):
+            source = inputs.get(layer)
+            has_no_input = option == WIDER_INPUT and (source is None or source.bits >= wide_bits)
+            if width < NARROWEST or has_no_input:
                 costs_GLC[:, place, option] = np.inf
             elif option != AS_IT_IS:
-                with _changed(layer, inputs.get(layer), width, option, wide_bits, statistics, recipe):
+                with _changed(layer, source, width, option, wide_bits, statistics, recipe):
                     costs_GLC[:, place, option] = drifts() - base_G
         if progress is not None:
             progress(f"without the rounding of {name}", (place + 1) / len(layers))
@@ -112,7 +113,8 @@ def widen_sensitive_layers(
             width = _width(layer, option, wide_bits)
             undo.append(_change(layer, inputs.get(layer), width, option, wide_bits, statistics, recipe))
     after_G = drifts()
-    is_kept = bool(after_G.max() < base_G.max())
+    share = 1 / len(base_G) if worst_share is None else worst_share
+    is_kept = conditional_value_at_risk(after_G, share) < conditional_value_at_risk(base_G, share)
     if not is_kept:
         for take_back in reversed(undo):
             take_back()
@@ -178,14 +180,16 @@ def _change(
     before = (source.bits, source.scale.clone(), source.zero_point.clone()) if widens else None
 
     def take_back() -> None:
-        layer.set_bits(bits)
-        layer.set_weights(integer, scale)
+        if width != bits:
+            layer.set_bits(bits)
+            layer.set_weights(integer, scale)
         if before is not None:
             source.set_bits(before[0])
             source.set_parameters(before[1], before[2])
 
-    layer.set_bits(width)
-    layer.quantize_weights(recipe.weight_scales().scales)
+    if width != bits:  # a wider input alone leaves the weights, whose rounding may be learned
+        layer.set_bits(width)
+        layer.quantize_weights(recipe.weight_scales().scales)
     if widens:
         source.set_bits(wide_bits)
         seen = statistics[source.name]

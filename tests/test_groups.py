@@ -56,6 +56,19 @@ def test_balanced_images_are_a_fair_sample_of_their_group():
         assert np.abs(rate - share).max() < 4.5 * np.sqrt(share * (1 - share) / 600)
 
 
+def test_a_group_that_comes_late_leaves_the_sample_of_the_others_fair():
+    """A group alone at first fills all places; what stays of it when others come is no favourite of its beginning."""
+    numbers = torch.arange(200)
+    codes = torch.where(numbers < 120, 0, numbers % 2)
+    batch = {"image": numbers.float().view(-1, 1, 1, 1), "label": codes, "sensitive": {"group": codes}}
+    early = []
+    for seed in range(300):
+        grouped = gathered([batch], 40, seed)
+        early.append((grouped.images[grouped.groups == 0].flatten() < 20).float().mean().item())
+    share = 20 / int((codes == 0).sum())
+    assert np.mean(early) == pytest.approx(share, abs=4.5 * np.sqrt(share * (1 - share) / (300 * 20)))
+
+
 def test_the_first_images_are_of_all_groups():
     """What has memory for a part of them only (a reconstruction) sees no group alone."""
     _, loader = loader_of({0: 50, 1: 50, 2: 50})
