@@ -62,6 +62,15 @@ class BatchLoader:
         whole, rest = divmod(len(self.split), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
+    def annotations(self) -> list[dict]:
+        """Labels and sensitive attributes of the whole split, without images, in one batch."""
+        return [
+            {
+                "label": torch.from_numpy(self.split.labels),
+                "sensitive": {name: torch.from_numpy(values) for name, values in self.split.sensitive.items()},
+            }
+        ]
+
     def __iter__(self) -> Iterator[dict]:
         count = len(self.split)
         order = self._randperm(count) if self.shuffle else np.arange(count)

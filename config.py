@@ -603,7 +603,10 @@ class StrategyEntry(Section):
 
     @pydantic.model_validator(mode="after")
     def _keys_of_its_section(self):
-        self.section(STRATEGY_SECTIONS[self.strategy]())
+        kind = STRATEGY_SECTIONS[self.strategy]
+        for key in self.options():
+            if key not in kind.model_fields:
+                raise ValueError(f"{self.strategy} has no key {key!r}{suggest(key, kind.model_fields)}")
         return self
 
     def options(self) -> dict[str, Any]:
@@ -611,12 +614,11 @@ class StrategyEntry(Section):
 
     def section(self, common: Section) -> Section:
         """The strategy's section with this entry's keys over it. ValueError, one line, for a bad one."""
-        kind = STRATEGY_SECTIONS[self.strategy]
-        for key in self.options():
-            if key not in kind.model_fields:
-                raise ValueError(f"{self.strategy} has no key {key!r}{suggest(key, kind.model_fields)}")
+        kind, keys = STRATEGY_SECTIONS[self.strategy], common.model_dump()
+        if self.options().get("start", keys.get("start")) != keys.get("start"):
+            keys["start_options"] = {}  # those are of another start
         try:
-            return kind(**{**common.model_dump(), **self.options()})
+            return kind(**{**keys, **self.options()})
         except pydantic.ValidationError as error:
             detail = error.errors()[0]
             where = "".join(f"{part}: " for part in detail["loc"])
@@ -754,9 +756,14 @@ class Config(Section):
     @pydantic.model_validator(mode="after")
     def _entries(self):
         known = list(dict.fromkeys((*self.models.architectures, *MODELS)))
-        for place, entry in enumerate(self.mitigation.strategies):
-            if isinstance(entry, StrategyEntry):
-                for name in entry.architectures or []:
+        for place, entry in enumerate(self.mitigation.entries()):
+            try:
+                section = self.mitigation.section(entry)
+            except ValueError as error:
+                raise ValueError(f"mitigation.strategies[{place}]: {error}") from None
+            self._check_repair(f"mitigation.strategies[{place}]: {entry.strategy}", section)
+            if entry.architectures:
+                for name in entry.architectures:
                     if name not in known:
                         raise ValueError(
                             f"mitigation.strategies[{place}].architectures: {name!r} is none of the models"
@@ -773,6 +780,17 @@ class Config(Section):
             if idle and self.quantization.settings(entry)["rounding"] == "nearest":
                 raise ValueError(f"{where}: {idle[0]} does nothing with rounding nearest; add rounding: adaround")
         return self
+
+    def _check_repair(self, where: str, section: Section) -> None:
+        """ValueError for settings of a repair that would do nothing."""
+        rounding = getattr(section, "rounding", None) or self.quantization.ptq_static.rounding
+        learns = isinstance(section, FairReconstruction) or rounding != "nearest"
+        if isinstance(section, PTQRepair) and section.reconstruction_iterations is not None and not learns:
+            raise ValueError(
+                f"{where}: reconstruction_iterations does nothing with rounding nearest; add rounding: adaround"
+            )
+        if isinstance(section, FairMixedPrecision) and section.bit_operations_budget is not None:
+            raise ValueError(f"{where}: its budget is one of bytes; leave out bit_operations_budget")
 
     @pydantic.model_validator(mode="after")
     def _schemes(self):

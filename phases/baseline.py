@@ -179,5 +179,13 @@ def _checkpoint(store: Store, cell: Cell):
 
 
 def write_training_log(store: Store, planned: list[str]) -> None:
-    columns = ["epoch", "learning_rate", "train_loss", "validation_accuracy", "precision", "seconds"]
+    columns = [
+        "epoch",
+        "learning_rate",
+        "train_loss",
+        "validation_accuracy",
+        "validation_score",
+        "precision",
+        "seconds",
+    ]
     store.write_extra_table("training_log", "training_log", columns, planned)

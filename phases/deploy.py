@@ -205,6 +205,9 @@ def keeping_results(compute: Compute, config: Config, store: Store) -> Compute:
         except FATAL:
             raise
         except Exception as error:  # told by a row of its own and the exit status
+            if is_complete(cell, config, store):  # it lacked diagnostics alone: its deployment stands
+                report.line(f"  {cell.id}: its diagnostics failed: {one_line(error)}")
+                return kept(cell, {}, store)
             record = store.record(cell.id)
             rows = [_failed(engine, error) for engine in config.deployment.engines]
             deployed = _result(rows, [], record["extra"]["simulation"], config)

@@ -16,9 +16,14 @@ from config import (
     QAT,
     RECONSTRUCTION_KEYS,
     SHORTHANDS,
+    STRATEGY_SECTIONS,
     Config,
+    Distillation,
+    FairBiasCorrection,
     FairMixedPrecision,
+    FairReconstruction,
     MethodEntry,
+    MinimaxRanges,
     Repair,
     Section,
     SensitiveChannels,
@@ -30,7 +35,7 @@ from config import (
 from store import SCHEMA_VERSION, short_hash
 
 QUANTIZATION_VERSION = 3  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
-REPAIR_VERSION = 1  # likewise, of how the strategies of the mitigation phase do
+REPAIR_VERSION = 2  # likewise, of how the strategies of the mitigation phase do
 MEANINGFUL_NONE = ("classifier_bits", "gradient_clip")  # None says something else than the default
 
 
@@ -174,6 +179,8 @@ def _mitigation(config: Config, baseline: Cell) -> list[Cell]:
 
 def _has_nothing_to_widen(section: Section, weight_bits: int) -> bool:
     """Whether a repair that keeps a part of the weights in 8 bits would do nothing at this width."""
+    if isinstance(section, TrainedRepair) and section.start != "ptq_static":
+        section = STRATEGY_SECTIONS[section.start](**section.start_options)
     if isinstance(section, SensitiveLayers):
         return weight_bits >= section.wide_bits
     return isinstance(section, SensitiveChannels) and weight_bits >= 8
@@ -186,15 +193,34 @@ def _repair_settings(config: Config, section: Repair | FairMixedPrecision) -> li
         observers = own.pop("observer")
         return [{**own, "observer": observer} for observer in observers]
     common = config.quantization.ptq_static.model_dump()
+    kind = type(section)
     if isinstance(section, TrainedRepair):
         training = config.quantization.qat.model_dump(include=TRAINING_KEYS)
-        common = {**common, **training}
-        own = {key: value for key, value in own.items() if value != {}}
-    observers = [own["observer"]] if own.get("observer") is not None else common["observer"]
+        kind = STRATEGY_SECTIONS.get(section.start)
+        start = own.pop("start_options")
+        if isinstance(start.get("observer"), str):
+            start = {**start, "observer": [start["observer"]]}
+        # settings that plain quantization has too are the cell's own, so that one model has one id
+        common = {**common, **{key: value for key, value in start.items() if key in common}, **training}
+        rest = {key: value for key, value in start.items() if key not in common}
+        own |= {"start_options": rest} if rest else {}
     given = {key: value for key, value in own.items() if value is not None}
-    return [{**common, **given, "observer": observer} for observer in observers]
+    if given.get("observer") is not None:
+        given["observer"] = [given["observer"]]
+    settings = {**common, **given, **FORCED.get(kind, {})}
+    if kind in (SensitiveLayers, FairMixedPrecision):  # they choose the widths of all layers
+        settings["first_last_bits"] = None
+    if isinstance(section, Distillation):  # it reads no labels
+        del settings["label_smoothing"]
+    return [{**settings, "observer": observer} for observer in settings["observer"]]
 
 
+# what a repair does whatever the settings say
+FORCED: dict[type | None, dict[str, Any]] = {
+    FairReconstruction: {"rounding": "adaround"},
+    FairBiasCorrection: {"bias_correction": True},
+    MinimaxRanges: {"observer": ["mse"]},
+}
 TRAINING_KEYS = set(QAT.model_fields) & set(Training.model_fields)
 
 

@@ -108,6 +108,8 @@ def sensitive_channels(
     if weight_bits >= MAX_BITS:
         raise QuantizationError(f"sensitive_channels widens channels to {MAX_BITS} bits: give fewer weight bits")
     recipe = ptq.Recipe(**recipe)
+    if recipe.weight_granularity != "per_channel":
+        raise QuantizationError("sensitive_channels needs a scale for each channel: set weight_granularity per_channel")
     quantized = _attached(model, grouped, weight_bits, activation_bits, recipe)
     chosen, report = choose_channels(
         quantized,

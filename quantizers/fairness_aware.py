@@ -1,4 +1,4 @@
-"""The cheapest repair that provably keeps the fairness bounds: `FairnessAwareQuantizer`.
+"""The cheapest repair that is certified to keep the fairness bounds: `FairnessAwareQuantizer`.
 
     quantizer = FairnessAwareQuantizer(bit_width=8, max_dp_gap=0.05, sensitive_attributes=["gender", "race"])
     qmodel = quantizer.quantize(model=model, calibration_data=loader, fairness_constraint=True)
@@ -14,8 +14,10 @@ most room first.
 Why that is a certificate: the three sets of images are disjoint. The bounds must all hold, which needs no correction
 (an intersection-union test). Which models are tried, and in which order, is settled by the first two sets; the third
 only says where to stop. Since it may be looked at several times, the k-th attempt is made at error probability
-alpha / 2^k, alpha = 1 - confidence; the sum over all attempts is below alpha. It is a statement about the population
-that the certification images are a sample of, about groups of at least `min_group_size` of them, and about no others.
+alpha / 2^k, alpha = 1 - confidence; the sum over all attempts is below alpha, as far as each limit holds its level
+(certification.py says how far: to a few tenths of a percent at 95 %, less well far above). It is a statement about the
+population that the certification images are a sample of, about groups of at least `min_group_size` of them, and about
+no others.
 """
 
 from __future__ import annotations
@@ -246,7 +248,8 @@ class FairnessAwareQuantizer:
         calibration, selection and certification (a half each where one of the two is given), within every (group,
         label), by the seed; they are held in memory meanwhile, and exact copies of an image are used once. Loaders that
         are given must give the same images in the same order each time. `train_data` allows the rungs that train; the
-        calibration images choose their best epoch.
+        calibration images choose their best epoch. It must hold none of the images that select or certify: the same
+        loader is refused, the same images in another loader are not noticed.
 
         Nothing certified: the model closest to the bounds by the selection images is returned, or with `strict`
         FairnessConstraintError raised. `fairness_constraint=False`: the first rung that can be done, measured all the
@@ -556,6 +559,11 @@ class FairnessAwareQuantizer:
                     raise QuantizationError(
                         f"{part}_data and {other}_data are the same loader: what chooses a repair cannot certify it"
                     )
+        if train is not None and train is calibration and (selection is None or certification is None):
+            raise QuantizationError(
+                "train_data and calibration_data are the same loader, whose images are also what certifies: give other "
+                "images to train on, or selection_data and certification_data"
+            )
         if calibration is None:
             raise QuantizationError("quantize needs calibration_data: an iterable of batches of images and groups")
         missing = [part for part in PARTS[1:] if given[part] is None]

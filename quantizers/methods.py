@@ -167,7 +167,9 @@ def _trained(make_loss: Callable[[nn.Module, Groups, dict], Loss], has_balanced_
 
     def run(model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
         train_data = _training_data(data, options)
-        groups = Groups.of(train_data, options["attributes"])
+        # of the whole split: an epoch may leave the last, smaller batch out
+        counted = train_data.annotations() if hasattr(train_data, "annotations") else train_data
+        groups = Groups.of(counted, options["attributes"])
         start = options["start"]
         entry = METHODS[start]
         shared = {key: options[key] for key in options_of(entry) if key in COMMON_OPTIONS and key in options}
@@ -178,7 +180,10 @@ def _trained(make_loss: Callable[[nn.Module, Groups, dict], Loss], has_balanced_
             loader = GroupBalancedLoader(train_data, groups, seed_for(options["seed"], "balanced batches"))
         score = None
         if options["best_epoch"] == "worst_group" and data.validation is not None:
-            largest = int(Groups.of(data.validation, options["attributes"]).counts.max())
+            try:
+                largest = int(Groups.of(data.validation, options["attributes"]).counts.max())
+            except GroupError as error:
+                raise QuantizationError(f"validation_data: {error}") from None
             score = worst_group_accuracy_score(groups, min(LEAST_GROUP, largest))
         loss = make_loss(model, groups, options)
         fine_tune(

@@ -250,6 +250,14 @@ REFUSALS = [  # (YAML, the message after the file's name)
         "mitigation.strategies[0].architectures: 'resnet5' is none of the models (did you mean resnet50?)",
     ),
     (
+        "mitigation: {strategies: [{strategy: minimax_ranges, reconstruction_iterations: 9}]}",
+        "mitigation.strategies[0]: minimax_ranges: reconstruction_iterations does nothing with rounding nearest;",
+    ),
+    (
+        "mitigation: {strategies: [fair_mixed_precision], fair_mixed_precision: {bit_operations_budget: 9}}",
+        "mitigation.strategies[0]: fair_mixed_precision: its budget is one of bytes; leave out bit_operations_budget",
+    ),
+    (
         "mitigation: {diagnostics: {cells: 'a:b:c:d'}}",
         "mitigation.diagnostics.cells: pattern 'a:b:c:d': expected MODEL:METHOD:BITS, such as *:ptq_static:W8A8",
     ),

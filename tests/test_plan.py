@@ -210,3 +210,47 @@ def test_what_a_backend_does_anyway_is_not_part_of_a_cell():
     for cell in swept["quantization"] + swept["mitigation"]:
         is_said = cell.method == "ptq_static" and cell.options["backend"] == "arm"
         assert cell.options.get("activation_scheme") == ("symmetric" if is_said else None)
+
+
+def repairs(*overrides: str) -> list:
+    return planned("models.architectures=resnet50", "quantization.bit_widths=[8, 4]", *overrides)["mitigation"]
+
+
+def test_what_a_repair_does_is_in_its_id_and_what_it_does_not_is_not():
+    def of(entry: str, *overrides: str) -> set[str]:
+        return set(ids(repairs(f"mitigation.strategies=[{entry}]", *overrides)))
+
+    assert of("fair_reconstruction") == of("{strategy: fair_reconstruction, rounding: adaround}")
+    assert not of("fair_reconstruction") & of("{strategy: fair_reconstruction, reconstruction_iterations: 5}")
+    assert not of("fair_reconstruction") & of(
+        "fair_reconstruction", "quantization.ptq_static.reconstruction_unit=layer"
+    )
+    assert of("fair_bias_correction") == of("{strategy: fair_bias_correction, bias_correction: true}")
+    assert len(of("minimax_ranges", "quantization.ptq_static.observer=[mse, minmax, entropy]")) == 2
+    assert len(of("bias_aware_calibration", "quantization.ptq_static.observer=[mse, minmax, entropy]")) == 6
+    assert of("sensitive_layers") == of("sensitive_layers", "quantization.ptq_static.first_last_bits=8")
+    assert of("distillation") == of("distillation", "quantization.qat.label_smoothing=0.1")
+    learned = "{strategy: distillation, start: sensitive_layers, start_options: {rounding: adaround%s}}"
+    assert not of(learned % "") & of(learned % ", reconstruction_iterations: 5")
+    for cell in repairs(f"mitigation.strategies=[{learned % ', layer_share: 0.5'}]"):
+        assert cell.options["rounding"] == "adaround" and cell.options["start_options"] == {"layer_share": 0.5}
+
+
+def test_nothing_is_planned_that_has_nothing_to_widen():
+    for entry in ("sensitive_layers", "sensitive_channels", "{strategy: group_dro, start: sensitive_layers}"):
+        assert {cell.weight_bits for cell in repairs(f"mitigation.strategies=[{entry}]")} == {4}
+    wide = "{strategy: distillation, start: sensitive_layers, start_options: {wide_bits: 4}}"
+    assert not repairs(f"mitigation.strategies=[{wide}]")
+
+
+def test_entries_are_merged_over_their_section():
+    section = "mitigation.group_dro={start: sensitive_layers, start_options: {layer_share: 0.5}, epochs: 3}"
+    (own,) = repairs("mitigation.strategies=[group_dro]", section)
+    assert own.options["start_options"] == {"layer_share": 0.5} and own.options["epochs"] == 3
+    others = repairs("mitigation.strategies=[{strategy: group_dro, start: minimax_ranges}]", section)
+    assert all("start_options" not in cell.options and cell.options["epochs"] == 3 for cell in others)
+    (merged,) = repairs(
+        "mitigation.strategies=[{strategy: group_dro, start_options: {layer_share: 0.4}}]",
+        "mitigation.group_dro.start=sensitive_layers",
+    )
+    assert merged.options["start_options"] == {"layer_share": 0.4}
