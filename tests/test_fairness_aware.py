@@ -200,6 +200,13 @@ def test_each_given_loader_is_used_for_its_purpose(model, monkeypatch):
     made.clear(), measured.clear()
     climber().quantize(model, selection, certification_data=certification)
     assert len(made[0]) == len(measured[0]) == 250 and not made[0] & measured[0]
+    with pytest.raises(QuantizationError, match="train_data and calibration_data are the same loader, whose images"):
+        climber().quantize(model, selection, train_data=selection)
+    with pytest.raises(QuantizationError, match="train_data and calibration_data are the same loader, whose images"):
+        climber().quantize(model, selection, train_data=selection, certification_data=certification)
+    climber().quantize(
+        model, calibration, train_data=calibration, selection_data=selection, certification_data=certification
+    )
     for same in ("selection_data", "train_data"):
         with pytest.raises(QuantizationError, match="are the same loader: what chooses a repair cannot certify"):
             climber().quantize(model, calibration, certification_data=certification, **{same: certification})

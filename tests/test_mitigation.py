@@ -1,15 +1,22 @@
 """The mitigation phase from the command line: every strategy, hybrids, diagnostics added later, a cell lost."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 import main
 from config import PTQ_STRATEGIES, STRATEGIES, TRAINED_STRATEGIES, load_config
+from datasets import BatchLoader, load_dataset
+from fairness_losses import Groups
 from phases.plan import plan
+from quantization import apply_quantization
+from quantizers.numerics import QuantizationWarning
 
 CONFIG = {
     "data": {
@@ -148,6 +155,38 @@ def test_diagnostics_of_finished_cells_can_be_asked_for_later(finished, capsys):
     assert len(pd.read_csv(results / "diagnostics_exemplars.csv")) == table["group"].nunique()
     assert study(config, results, "--phase", "mitigation", "--dry-run", *sets) == 0
     assert "diagnose" not in capsys.readouterr().out
+
+
+def test_a_diagnosis_that_fails_leaves_the_cell_as_it_is(finished, monkeypatch, capsys):
+    config, results = finished
+    (cell,) = cells_of(config, "fair_bias_correction")
+    before = record(results, cell.id)
+
+    def fail(*arguments, **options):
+        raise RuntimeError("another machine")
+
+    monkeypatch.setattr("phases.derived.apply_quantization", fail)
+    sets = ("--set", "mitigation.diagnostics={cells: '*:fair_bias_correction', samples: 50}")
+    study(config, results, "--phase", "mitigation", *sets)
+    assert "its diagnostics failed: RuntimeError: another machine" in capsys.readouterr().out
+    assert record(results, cell.id) == before
+
+
+def test_groups_are_counted_on_the_whole_training_split(tmp_path):
+    """Not on an epoch, which leaves out a last, smaller batch that may hold a group's only image."""
+    config = load_config(write_config(tmp_path, tmp_path / "cache"))
+    dataset = load_dataset(config, "synthetic")
+    split = dataset.splits["train"].subset(np.arange(79))
+    split.sensitive["gender"][:] = 0
+    split.sensitive["gender"][3] = 1  # one image alone
+    for seed in range(10):
+        loader = BatchLoader(split, 32, shuffle=True, generator=torch.Generator().manual_seed(seed), drop_last=True)
+        assert Groups.of(loader.annotations(), ["gender"]).counts.tolist() == [78, 1]
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        options = {"calibration_samples": 16, "attributes": ["gender"], "epochs": 2}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantizationWarning)
+            apply_quantization(model, "reweighing", 8, loader, train_data=loader, **options)
 
 
 def test_what_a_cell_cannot_do_is_its_own_row(tmp_path, finished, capsys):
