@@ -37,10 +37,10 @@ from evaluation import model_size_mb, predict
 from group_counts import count_table, group_metrics, intersect
 from models import build_model, load_checkpoint
 from phases import baseline
-from phases.plan import plan
+from phases.plan import QUANTIZATION_VERSION, REPAIR_VERSION, plan
 from quantization import QuantizationError, apply_quantization
 from runner import Report
-from store import Store, seed_for, write_json
+from store import Store, seed_for, short_hash, write_json
 
 MODEL = "mobilenet_v2"
 MOST_DROP = 3.0  # points that the best plain PTQ costs the worst group at the setting that is compared at
@@ -163,7 +163,11 @@ class Study:
         return self.loaded[1]
 
     def path(self, seed: int, label: str, setting: str | None) -> Path:
-        return self.folder / "mitigation" / f"s{seed}-{label}{f'-{setting}' if setting else ''}.json"
+        """Of a result; its name ends in a hash of the float model and of all that is done with it."""
+        (cell,) = [cell for cell in plan(self.config)["baseline"] if cell.seed == seed]
+        done = [] if setting is None else [*METHODS[label], ITERATIONS, TRAINING_IMAGES, LEARNING_RATE]
+        key = short_hash([cell.id, done, CALIBRATION_IMAGES, EXTRA, REPAIR_VERSION, QUANTIZATION_VERSION])
+        return self.folder / "mitigation" / f"s{seed}-{label}{f'-{setting}' if setting else ''}-{key}.json"
 
     def measure(self, seed: int, label: str, setting: str | None) -> None:
         path = self.path(seed, label, setting)
@@ -194,8 +198,9 @@ class Study:
         method, options = METHODS[label]
         split = self.dataset.splits["train"]
         generator = np.random.default_rng(seed_for("mitigation", self.data, seed, "calibration"))
-        needs_groups = method in ("qat", "ptq_static", "mixed_precision", "group_weighted_observers")
-        balance = None if needs_groups or method == "threshold_adjustment" else list(split.sensitive)
+        start = options.get("start", "ptq_static") if label in WITH_TRAINING else method
+        is_plain = start in ("ptq_static", "mixed_precision", "group_weighted_observers", "threshold_adjustment")
+        balance = None if is_plain else list(split.sensitive)
         positions = np.unique(calibration_subset(split, CALIBRATION_IMAGES, generator, balance=balance))
         options = dict(options)
         if options.get("rounding") == "adaround":
