@@ -51,6 +51,16 @@ LATEX_SPECIALS = {
 MARKDOWN_SPECIALS = re.compile(r"([\\`*|<$]|\](?=[(\[:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|~(?=~)|&(?=#?\w+;)|^[#>])")
 
 
+@dataclass(frozen=True)
+class TableSection:
+    """A table of the report with a heading of its own; its values are as a reader shall see them."""
+
+    id: str  # of the heading's anchor and of the files tables/<id>.csv, .tex
+    title: str
+    note: str
+    table: pd.DataFrame  # not empty
+
+
 @dataclass
 class Study:
     """What the report tells, as plain data; `phases.analysis` fills it from the saved artifacts."""
@@ -58,7 +68,6 @@ class Study:
     rows: pd.DataFrame  # the planned cells that ended, all phases, done and failed
     data: pd.DataFrame  # dataset, attribute, group, n, base_rate, too_small: the test set
     changes: pd.DataFrame  # hypotheses.accuracy_changes
-    best: pd.DataFrame  # the table of `best_settings`
     hypotheses: pd.DataFrame  # hypotheses.evaluate
     findings: list[str]
     planned: Mapping[str, int]  # phase -> planned cells
@@ -69,7 +78,7 @@ class Study:
     seeds: Sequence[int] = ()
     targets: Mapping[str, str] = field(default_factory=dict)  # data set -> what is predicted
     figures: Sequence[tuple[str, str]] = ()  # (file name, caption)
-    deployed: pd.DataFrame = field(default_factory=pd.DataFrame)  # of `deployment_table`; empty: no engine has run
+    sections: Sequence[TableSection] = ()  # between the hypotheses and the figures, in this order
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -343,10 +352,8 @@ def summary_markdown(study: Study) -> str:
     for row in study.hypotheses.itertuples():
         lines.append(f"- **{escape(row.statement)}: {row.verdict}.** {escape(row.sentence)}")
     lines += ["", escape(interval_note(study)), ""]
-    lines += ["## Best setting at each width", "", escape(BEST_NOTE), ""]
-    lines += [to_markdown(best_table(study.best, study.level)) if len(study.best) else "No finished quantized cell.\n"]
-    if len(study.deployed):
-        lines += ["## Deployed", "", escape(DEPLOYED_NOTE), "", to_markdown(study.deployed)]
+    for section in study.sections:
+        lines += [f"## {escape(section.title)}", "", escape(section.note), "", to_markdown(section.table)]
     if len(study.failed):
         lines += ["## Failed cells", ""]
         lines += [f"- {escape(row.cell)}: {escape(_error(row.error))}" for row in study.failed.itertuples()] + [""]
@@ -385,6 +392,8 @@ def run_sentences(study: Study) -> list[str]:
     sentences = [
         f"{planned} cells planned ({phases}): {done} done, {failed} failed, {len(study.missing)} without a result."
     ]
+    if not study.done["weight_bits"].notna().any():
+        sentences.append("No finished quantized cell.")
     models = list(dict.fromkeys(model_label(name) for name in study.rows["model"]))
     sentences.append(f"Models: {', '.join(models)}. Seeds: {', '.join(str(seed) for seed in study.seeds)}.")
     if len(study.seeds) == 1:
@@ -441,10 +450,10 @@ def report_html(study: Study, images: Mapping[str, bytes]) -> str:
             findings=study.findings,
             hypotheses=hypotheses,
             interval_note=interval_note(study),
-            best_note=BEST_NOTE,
-            best=_table(best_table(study.best, study.level)) if len(study.best) else None,
-            deployed_note=DEPLOYED_NOTE,
-            deployed=_table(study.deployed) if len(study.deployed) else None,
+            sections=[
+                {"id": section.id, "title": section.title, "note": section.note, "table": _table(section.table)}
+                for section in study.sections
+            ],
             results=_table(result_table(study.rows)) if len(study.rows) else None,
             figures=[
                 {"name": name, "caption": caption, "data": base64.b64encode(images[name]).decode("ascii")}
@@ -527,10 +536,9 @@ footer { height: 4rem; }
 <p class="lead">{{ question }}</p>
 </header>
 <nav aria-label="Sections"><a href="#findings">Findings</a><a href="#hypotheses">Hypotheses</a>
-<a href="#best">Best settings</a>
-{% if deployed %}<a href="#deployed">Deployed</a>
-{% endif %}
-<a href="#figures">Figures</a><a href="#results">All results</a><a href="#data">Data</a><a href="#run">What was run</a>
+{% for section in sections %}<a href="#{{ section.id }}">{{ section.title }}</a>
+{% endfor %}<a href="#figures">Figures</a><a href="#results">All results</a>
+<a href="#data">Data</a><a href="#run">What was run</a>
 {%- if failed or missing or leftovers %}<a href="#absent">Failed and missing</a>{% endif -%}
 <a href="#environment">Environment</a></nav>
 <main>
@@ -547,15 +555,11 @@ footer { height: 4rem; }
 {% endfor -%}
 <p class="soft">{{ interval_note }}</p>
 
-<h2 id="best">Best setting at each width</h2>
-<p class="soft">{{ best_note }}</p>
-{% if best %}{{ show(best) }}{% else %}<p>No finished quantized cell.</p>{% endif %}
-{% if deployed %}
-<h2 id="deployed">Deployed</h2>
-<p class="soft">{{ deployed_note }}</p>
-{{ show(deployed) }}
-{% endif %}
-
+{% for section in sections -%}
+<h2 id="{{ section.id }}">{{ section.title }}</h2>
+<p class="soft">{{ section.note }}</p>
+{{ show(section.table) }}
+{% endfor %}
 <h2 id="figures">Figures</h2>
 {% for figure in figures -%}
 <figure><img alt="{{ figure.caption }}" src="data:image/png;base64,{{ figure.data }}">

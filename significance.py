@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import binom
 
 from group_counts import METRICS, eligible_groups, group_metrics
 from group_counts import paired_count_table as paired_count_table
@@ -91,6 +92,22 @@ def paired_difference_intervals(
         group_accuracy_G=observed_D[first_group:],
         group_accuracy_intervals_G2=np.stack([low_D[first_group:], high_D[first_group:]], axis=-1),
     )
+
+
+def mcnemar_midp(gained: int, lost: int) -> float:
+    """Two-sided mid-p of McNemar's exact test: of `gained + lost` discordant pairs, half are expected either way."""
+    n, fewer = gained + lost, min(gained, lost)
+    return float(min(1.0, 2 * binom.cdf(fewer, n, 0.5) - binom.pmf(fewer, n, 0.5)))
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's step-down adjustment (Holm 1979): reject where it is <= alpha and the family-wise error is <= alpha."""
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, stepped)
+    return adjusted
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

@@ -47,8 +47,7 @@ MOST_DROP = 3.0  # points that the best plain PTQ costs the worst group at the s
 SETTINGS = ("W8A8", "W4A8", "W4A4", "W3A4", "W3A3", "W2A4", "W2A3", "W2A2")  # from wide to narrow
 CALIBRATION_IMAGES = 512
 EXTRA = {"validation": 1500, "test": 3000}  # of FairFace's training images that are not trained on, as many more
-TRAINING_IMAGES = {"fairface": 4000, "synthetic": 4000}  # of a short training: one epoch
-LEARNING_RATE = 5e-4
+TRAINING = {"epochs": 2, "learning_rate": 1e-3}  # a short training, on all that the float models were trained on
 REPLICATES = 2000
 LEAST_GROUP = 50  # validation images of a group that may be the worst one
 
@@ -165,7 +164,9 @@ class Study:
     def path(self, seed: int, label: str, setting: str | None) -> Path:
         """Of a result; its name ends in a hash of the float model and of all that is done with it."""
         (cell,) = [cell for cell in plan(self.config)["baseline"] if cell.seed == seed]
-        done = [] if setting is None else [*METHODS[label], ITERATIONS, TRAINING_IMAGES, LEARNING_RATE]
+        done = [] if setting is None else [*METHODS[label], ITERATIONS[self.data]]
+        if label in WITH_TRAINING:
+            done.append(TRAINING)
         key = short_hash([cell.id, done, CALIBRATION_IMAGES, EXTRA, REPAIR_VERSION, QUANTIZATION_VERSION])
         return self.folder / "mitigation" / f"s{seed}-{label}{f'-{setting}' if setting else ''}-{key}.json"
 
@@ -207,7 +208,7 @@ class Study:
             options["reconstruction_iterations"] = ITERATIONS[self.data]
         train = validation = None
         if label in WITH_TRAINING:
-            options |= {"epochs": 1, "learning_rate": LEARNING_RATE, "batch_size": self.config.training.batch_size}
+            options |= {**TRAINING, "batch_size": self.config.training.batch_size}
             train = self.training_loader(seed)
         if label in WITH_TRAINING or method == "threshold_adjustment":
             validation = BatchLoader(self.validation[-1], 128, channels_last=True)
@@ -227,10 +228,8 @@ class Study:
 
     def training_loader(self, seed: int) -> BatchLoader:
         settings = self.config.training
-        split = self.dataset.splits["train"]
-        order = np.random.default_rng(seed_for("mitigation", self.data, "training images")).permutation(len(split))
         return BatchLoader(
-            split.subset(np.sort(order[: TRAINING_IMAGES[self.data]])),
+            self.dataset.splits["train"],
             settings.batch_size,
             shuffle=True,
             generator=torch.Generator().manual_seed(seed_for("mitigation", seed, "batches")),

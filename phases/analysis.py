@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import binom
 
 import hypotheses
 import report
@@ -24,7 +23,7 @@ from group_counts import METRICS, intersect
 from joint_bootstrap import COLLAPSED, TestSet
 from phases.plan import plan
 from result_rows import main_settings, model_label, plain_counterparts, with_labels
-from significance import paired_count_table, paired_difference_intervals
+from significance import holm, mcnemar_midp, paired_count_table, paired_difference_intervals
 from store import (
     INTERSECTION,
     ROW_COLUMNS,
@@ -114,16 +113,20 @@ def analyse(
     deployment = store.read_extra_table("deployment_results")
     deployed = pd.DataFrame() if deployment is None else report.deployment_table(done, deployment)
     repairs = report.repair_table(done)
+    timeless = repairs.drop(columns=["calibration s", "training s"], errors="ignore")  # the same bytes another time
+    sections = [
+        report.TableSection("best", "Best setting at each width", report.BEST_NOTE, report.best_table(best, level)),
+        report.TableSection("repairs", "Repairs", report.REPAIR_NOTE, timeless),
+        report.TableSection("deployed", "Deployed", report.DEPLOYED_NOTE, deployed),
+    ]
+    sections = [section for section in sections if len(section.table)]
     tables = {
         "results": (report.result_table(rows), "Every finished and failed cell."),
         "hypotheses": (_hypotheses_table(verdicts), "Hypotheses and what the data say about them."),
+        **{section.id: (section.table, f"{section.title}. {section.note}") for section in sections},
     }
-    if len(best):
-        tables["best"] = (report.best_table(best, level), f"Best setting at each width. {report.BEST_NOTE}")
     if len(repairs):
-        tables["repairs"] = (repairs, report.REPAIR_NOTE)
-    if len(deployed):
-        tables["deployed"] = (deployed, report.DEPLOYED_NOTE)
+        tables["repairs"] = (repairs, f"Repairs. {report.REPAIR_NOTE}")
     for name, (table, caption) in tables.items():
         write_text(store.analysis / "tables" / f"{name}.tex", report.to_latex(table, caption, f"tab:{name}"))
         write_text(store.analysis / "tables" / f"{name}.csv", report.to_csv(table))
@@ -133,7 +136,6 @@ def analyse(
         for (dataset, model), table in report.group_accuracy(rows, all_groups).items()
     ]
     if len(repairs):
-        timeless = repairs.drop(columns=["calibration s", "training s"])
         by_group.append(f"repairs\n\n{report.to_markdown(timeless)}")
     if len(deployed):
         by_group.append(f"deployed models\n\n{report.to_markdown(deployed)}")
@@ -144,8 +146,7 @@ def analyse(
         rows=rows,
         data=_data(done, groups),
         changes=changes,
-        best=best,
-        deployed=deployed,
+        sections=sections,
         hypotheses=verdicts,
         findings=findings(done, test_sets, changes, significance, points, config),
         planned={phase: len(cells) for phase, cells in planned.items()},
@@ -317,22 +318,6 @@ def _pair_rows(
         entry |= {"effect": float(paired.group_accuracy_G[g]), "ci_low": float(low), "ci_high": float(high)}
         found.append(entry | _mcnemar(int(won_N[is_member].sum()), int(lost_N[is_member].sum())))
     return found
-
-
-def mcnemar_midp(gained: int, lost: int) -> float:
-    """Two-sided mid-p of McNemar's exact test: of `gained + lost` discordant pairs, half are expected either way."""
-    n, fewer = gained + lost, min(gained, lost)
-    return float(min(1.0, 2 * binom.cdf(fewer, n, 0.5) - binom.pmf(fewer, n, 0.5)))
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down adjustment (Holm 1979): reject where it is <= alpha and the family-wise error is <= alpha."""
-    p = np.asarray(p, dtype=float)
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1.0, stepped)
-    return adjusted
 
 
 def _mcnemar(gained: int, lost: int) -> dict:

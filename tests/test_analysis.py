@@ -13,8 +13,9 @@ from PIL import Image
 
 import hypotheses
 from joint_bootstrap import TestSet
-from phases.analysis import analyse, holm, load_test_set, mcnemar_midp, planned_rows, run
+from phases.analysis import analyse, load_test_set, planned_rows, run
 from phases.plan import plan
+from significance import holm, mcnemar_midp
 from store import MissingArtifactError, Store, StoreError
 
 FIVE = ("resnet50", "mobilenet_v2", "squeezenet1_1", "efficientnet_b0", "vit_small")  # 94, 9, 3, 16, 86 MB

@@ -8,7 +8,9 @@ import pytest
 import report
 from report import (
     Study,
+    TableSection,
     best_settings,
+    best_table,
     deployment_table,
     latex_escape,
     markdown_escape,
@@ -121,7 +123,7 @@ def study(**changes):
         "rows": rows,
         "data": data,
         "changes": accuracy,
-        "best": best_settings(accuracy, rows),
+        "sections": [TableSection("best", "Best", "", best_table(best_settings(accuracy, rows), 0.95))],
         "hypotheses": verdicts,
         "findings": ["Accuracy falls by 1.23 points."],
         "planned": {"baseline": 1, "quantization": 3},
@@ -273,7 +275,7 @@ def test_report_is_one_offline_page_with_everything_escaped():
 
 
 def test_report_without_any_quantized_cell_says_so():
-    bare = study(rows=result_rows().iloc[:1], best=study().best.iloc[:0], missing=[], leftovers=[])
+    bare = study(rows=result_rows().iloc[:1], sections=[], missing=[], leftovers=[])
     html, text = report_html(bare, {}), summary_markdown(bare)
     assert "No finished quantized cell." in html and "No finished quantized cell." in text
     assert "Failed and missing" not in html
@@ -380,9 +382,10 @@ def test_without_an_engine_there_is_no_section():
     nothing = pd.DataFrame(columns=["cell", "engine", "status"])
     assert deployment_table(rows.assign(baseline_cell=None), nothing).empty
     assert "## Deployed" not in summary_markdown(study())
-    told = summary_markdown(study(deployed=deployed()))
+    section = TableSection("deployed", "Deployed", report.DEPLOYED_NOTE, deployed())
+    told = summary_markdown(study(sections=[section]))
     assert "## Deployed" in told and "| 99.5 |" in told
-    assert 'id="deployed"' in report_html(study(deployed=deployed()), {})
+    assert 'id="deployed"' in report_html(study(sections=[section]), {})
     assert 'id="deployed"' not in report_html(study(), {})
 
 
