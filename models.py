@@ -139,7 +139,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def has_depthwise_convolution(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 for module in model.modules())
+    """Also one that quantization wraps: the `layer` of a module."""
+    layers = (getattr(module, "layer", module) for module in model.modules())
+    return any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

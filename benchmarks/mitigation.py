@@ -37,14 +37,14 @@ from evaluation import model_size_mb, predict
 from group_counts import count_table, group_metrics, intersect
 from models import build_model, load_checkpoint
 from phases import baseline
-from phases.plan import QUANTIZATION_VERSION, REPAIR_VERSION, plan
+from phases.plan import QUANTIZATION_VERSION, REPAIR_VERSION, TRAINING_VERSION, plan
 from quantization import QuantizationError, apply_quantization
 from runner import Report
 from store import Store, seed_for, short_hash, write_json
 
 MODEL = "mobilenet_v2"
 MOST_DROP = 3.0  # points that the best plain PTQ costs the worst group at the setting that is compared at
-SETTINGS = ("W8A8", "W4A8", "W4A4", "W3A4", "W3A3", "W2A4", "W2A3", "W2A2")  # from wide to narrow
+SETTINGS = ("W8A8", "W4A8", "W4A4", "W3A4", "W3A3", "W4A2", "W2A4", "W3A2", "W2A3", "W2A2")  # from wide to narrow
 CALIBRATION_IMAGES = 512
 EXTRA = {"validation": 1500, "test": 3000}  # of FairFace's training images that are not trained on, as many more
 TRAINING = {"epochs": 2, "learning_rate": 1e-3}  # a short training, on all that the float models were trained on
@@ -166,7 +166,7 @@ class Study:
         (cell,) = [cell for cell in plan(self.config)["baseline"] if cell.seed == seed]
         done = [] if setting is None else [*METHODS[label], ITERATIONS[self.data]]
         if label in WITH_TRAINING:
-            done.append(TRAINING)
+            done += [TRAINING, TRAINING_VERSION]
         key = short_hash([cell.id, done, CALIBRATION_IMAGES, EXTRA, REPAIR_VERSION, QUANTIZATION_VERSION])
         return self.folder / "mitigation" / f"s{seed}-{label}{f'-{setting}' if setting else ''}-{key}.json"
 

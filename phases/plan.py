@@ -36,6 +36,7 @@ from store import SCHEMA_VERSION, short_hash
 
 QUANTIZATION_VERSION = 3  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
 REPAIR_VERSION = 2  # likewise, of how the strategies of the mitigation phase do
+TRAINING_VERSION = 2  # likewise, of how quantized models are trained
 MEANINGFUL_NONE = ("classifier_bits", "gradient_clip")  # None says something else than the default
 
 
@@ -261,6 +262,8 @@ def _derived(
     }
     if strategy is not None:
         identity["repair_version"] = REPAIR_VERSION
+    if "epochs" in options:
+        identity["training_version"] = TRAINING_VERSION
     label = [strategy or method, f"w{weight_bits}a{activation_bits}"]
     label += [
         str(options[key])

@@ -26,6 +26,8 @@ from models import (
     patch_size_for,
     save_checkpoint,
 )
+from quantizers.ptq import ptq_static
+from quantizers.qat import learnable
 from store import StoreError
 
 PUBLISHED = {  # torchvision's and timm's tables give 25.6, 3.5, 1.24, 5.29 and 22.05 million
@@ -125,6 +127,17 @@ def test_depthwise_models():
     ]
     assert not has_depthwise_convolution(nn.Conv2d(1, 4, 3))  # a single input channel is no depthwise convolution
     assert not has_depthwise_convolution(nn.Conv2d(4, 4, 3, groups=2))
+
+
+def test_a_depthwise_convolution_is_seen_inside_a_quantized_layer_that_is_being_trained():
+    """Training in bf16, which halves its speed on a CPU, is chosen by it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4))
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    for network, expected in ((model, True), (plain, False)):
+        quantized = ptq_static(network, torch.rand(4, 3, 8, 8), weight_bits=4, activation_bits=4, keep_float=True)
+        assert has_depthwise_convolution(quantized) == expected
+        with learnable(quantized):
+            assert has_depthwise_convolution(quantized) == expected
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "test_vit", "test_convnext"])
