@@ -73,7 +73,7 @@ def observe(model: QuantizedModel, images: torch.Tensor, with_histogram: bool = 
     observers = {name: seen.observe for name, seen in statistics.items()}
     with torch.inference_mode(), eval_mode(model), model.as_float(), model.observing(observers):
         for batch in images.split(CALIBRATION_BATCH):
-            model(batch.to(device))
+            model(batch.to(device, copy=True))  # a model may write into its input
     for seen in statistics.values():
         seen.bounds()
     return statistics

@@ -434,7 +434,7 @@ class DataDependent(nn.Module):
 
 
 def test_an_untraceable_submodule_is_named_and_its_layers_are_quantized():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), DataDependent(), nn.Flatten(), nn.LazyLinear(2)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), DataDependent(), nn.Flatten(), nn.Linear(4 * 30 * 30, 2)).eval()
     x = images(8, 8)
     model(x)
     quantized = ptq_static(model, x, weight_bits=8, activation_bits=8, observer="minmax")
@@ -718,6 +718,17 @@ def test_calibration_images_matter_and_their_batching_does_not(monkeypatch):
     assert not torch.allclose(whole, ranges(3 * x))
     monkeypatch.setattr(calibration, "CALIBRATION_BATCH", 7)
     torch.testing.assert_close(whole, ranges(x), rtol=3e-3, atol=1e-6)  # a bin: 1/256 of an octave
+
+
+def test_a_model_that_writes_into_its_input_leaves_the_calibration_images_alone():
+    class Scaled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(2.0))
+
+    x = images(6)
+    before = x.clone()
+    ptq_static(Scaled(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, 2)), x, weight_bits=8, activation_bits=8)
+    assert torch.equal(x, before)
 
 
 # --------------------------------------------------------------------------------------------------- calibration images
