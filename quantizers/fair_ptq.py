@@ -28,6 +28,7 @@ from quantizers.group_allocation import conditional_value_at_risk
 from quantizers.groups import Drift, GroupedImages, Weighting, drift, float_logits, group_shares, logits_of
 from quantizers.modules import QuantizedModel
 from quantizers.numerics import MAX_BITS, QuantizationError
+from quantizers.observers import HISTOGRAM_OBSERVERS
 from quantizers.sensitive_channels import choose_channels, preserve_channels
 from quantizers.sensitive_layers import widen_sensitive_layers
 
@@ -42,8 +43,14 @@ def group_ranges(
     progress: ptq.Progress | None = None,
     **recipe,
 ) -> QuantizedModel:
-    """Activation ranges `weighted` by groups, or `minimax` over them; the rest as in `ptq.ptq_static`."""
+    """Activation ranges `weighted` by groups, or `minimax` over them; the rest as in `ptq.ptq_static`.
+    QuantizationError for weights that the observer would not look at."""
     recipe = ptq.Recipe(**recipe)
+    if kind == "weighted" and recipe.observer not in HISTOGRAM_OBSERVERS:
+        raise QuantizationError(
+            f"observer {recipe.observer} takes the extremes of all images, whatever the weights of their groups: for "
+            f"group_weighted_observers choose {' or '.join(HISTOGRAM_OBSERVERS)}"
+        )
     quantized = _attached(model, grouped, weight_bits, activation_bits, recipe)
     statistics = observe_groups(quantized, grouped, kind, recipe.observer)
     ptq.quantize(quantized, statistics, grouped.images, recipe, progress)

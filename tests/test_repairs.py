@@ -115,6 +115,12 @@ def test_group_weighted_observers_see_a_minority_as_much_as_the_others(model):
     assert scales["few", "plain"] < 0.8 * scales["many", "plain"]
 
 
+def test_group_weights_that_an_observer_of_extremes_would_not_see_are_refused(model):
+    with pytest.raises(QuantizationError, match="minmax takes the extremes .* choose percentile or mse or entropy"):
+        fair_ptq.group_ranges(model, grouped(8, 4), kind="weighted", observer="minmax", **BITS)
+    fair_ptq.group_ranges(model, grouped(8, 4), kind="minimax", observer="minmax", **BITS)  # has a search of its own
+
+
 def test_bias_correction_of_the_worst_group_takes_back_its_error(model):
     images = grouped()
     plain = ptq.ptq_static(model, images.images, bias_correction=True, weight_bits=3, activation_bits=8)
