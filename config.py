@@ -465,13 +465,16 @@ class SensitiveChannels(PTQRepair):
 
 
 class SensitiveLayers(PTQRepair):
-    """The layers that cost the worst group most keep 8 bits, weights and inputs; others pay with a bit of theirs."""
+    """The layers that cost the worst group most keep 8 bits: of their inputs, or of weights and inputs."""
 
     drift_metric: Drift = "kl"
     sensitivity_samples: PositiveInt = 256  # calibration images that it is measured on
     layer_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25  # of the layers, at most
     extra_share: Share = 0.0  # bytes more than the uniform model's, as a share of all layers'; 0: no more
     wide_bits: Bits = 8
+    widen: Literal["inputs", "weights_and_inputs"] = (
+        "inputs"  # inputs take no bytes; for weights other layers pay a bit
+    )
     worst_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # of the groups whose mean counts; None: worst
 
 

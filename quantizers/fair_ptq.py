@@ -30,7 +30,7 @@ from quantizers.modules import QuantizedModel
 from quantizers.numerics import MAX_BITS, QuantizationError
 from quantizers.observers import HISTOGRAM_OBSERVERS
 from quantizers.sensitive_channels import choose_channels, preserve_channels
-from quantizers.sensitive_layers import widen_sensitive_layers
+from quantizers.sensitive_layers import Widen, widen_sensitive_layers
 
 
 def group_ranges(
@@ -147,13 +147,14 @@ def sensitive_layers(
     wide_bits: int = MAX_BITS,
     metric: Drift = "kl",
     worst_share: float | None = None,
+    widen: Widen = "inputs",
     weight_bits: int,
     activation_bits: int,
     progress: ptq.Progress | None = None,
     **recipe,
 ) -> QuantizedModel:
-    """Keep the layers that cost the worst group most in 8 bits, weights and inputs, in a file of the same size. Which
-    they are is measured on the first `sensitivity_samples` images."""
+    """Keep what the layers that cost the worst group most read, or their weights too, in 8 bits, in a file of the same
+    size. Which they are is measured on the first `sensitivity_samples` images."""
     recipe = ptq.Recipe(**recipe)
     if recipe.first_last_bits is not None:
         raise QuantizationError("sensitive_layers chooses which layers are wide: leave out first_last_bits")
@@ -173,6 +174,7 @@ def sensitive_layers(
         extra_share=extra_share,
         metric=metric,
         worst_share=worst_share,
+        widen=widen,
         progress=progress,
     )
     if found.is_kept and recipe.rounding == "adaround":

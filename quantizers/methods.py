@@ -338,7 +338,10 @@ METHODS: dict[str, Method] = {
         _repair(
             fair_ptq.sensitive_layers,
             {"metric": "drift_metric"}
-            | {key: key for key in ("sensitivity_samples", "layer_share", "extra_share", "wide_bits", "worst_share")},
+            | {
+                key: key
+                for key in ("sensitivity_samples", "layer_share", "extra_share", "wide_bits", "widen", "worst_share")
+            },
         ),
     ),
     "fair_mixed_precision": Method(_fair_mixed_precision, (FairMixedPrecision,), True, GROUPS),

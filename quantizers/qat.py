@@ -28,7 +28,7 @@ from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, 
 from quantizers.numerics import FLOAT_BITS, HALF_BITS, MAX_BITS, QuantizationError, activation_range, along
 from training import Loss, TrainingResult, train
 
-CELL_MARGIN = 1e-3  # in steps: how far inside its rounding cell a weight starts at least; float32 is off by 1e-5
+CELL_MARGIN = 0.25  # in steps: how far inside its rounding cell a weight starts at least, lest the first steps undo it
 
 
 def quantization_aware_training(
@@ -103,10 +103,11 @@ def learnable(model: QuantizedModel, keep_rounding: bool = False) -> Iterator[No
 
 @torch.no_grad()
 def weights_that_round_to(quantized: QuantizedLayer) -> torch.Tensor:
-    """The weights nearest to the float ones that round to the layer's integers.
+    """The weights nearest to the float ones that round to the layer's integers, and do not leave them at once.
 
-    Each is moved into the cell of its integer, (q - 1/2) s … (q + 1/2) s, open towards the outside at the ends of the
-    range, where clipping has made the integer. Without float weights (a model that was loaded) they are the middle of
+    Each is moved into the middle half of its integer's cell, (q - 1/4) s … (q + 1/4) s, open towards the outside at the
+    ends of the range, where clipping has made the integer. At the edge itself, next to which learned rounding
+    leaves many of the float weights, the first steps of a training would undo its choices. Without float weights (a model that was loaded) they are the middle of
     their cells.
     """
     integer = quantized.weight_integer.to(quantized.weight_scale.dtype)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,8 @@ from quantizers.numerics import MAX_BITS, QuantizationError, check_bits
 
 NARROWEST = 2
 AS_IT_IS, WIDER, NARROWER, WIDER_INPUT = 0, 1, 2, 3  # what can be done with a layer
+
+Widen = Literal["inputs", "weights_and_inputs"]
 
 CHOICES = {AS_IT_IS: "as it is", WIDER: "wider", NARROWER: "narrower", WIDER_INPUT: "wider input"}
 
@@ -57,11 +60,12 @@ def widen_sensitive_layers(
     extra_share: float = 0.0,
     metric: Drift = "kl",
     worst_share: float | None = None,
+    widen: Widen = "inputs",
     progress: ptq.Progress | None = None,
 ) -> SensitiveLayers:
-    """Give at most `layer_share` of the layers `wide_bits` of weights and of inputs, or of inputs alone (which take no
-    bytes), in place, within the bytes that the layers take now, and `extra_share` of them more; the others pay with one
-    bit of theirs.
+    """Give at most `layer_share` of the layers `wide_bits`, in place: of their `inputs` alone, which take no bytes, or of
+    `weights and inputs` too, within the bytes that the layers take now, and `extra_share` of them more; the others pay
+    with one bit of theirs.
 
     Weights and ranges must be set, `statistics` be what they were set from, and the float parameters not forgotten;
     weights that change are rounded to nearest. What is brought down is the mean drift over the worst `worst_share` of
@@ -89,7 +93,8 @@ def widen_sensitive_layers(
             bytes_LC[place, option] = layer.bytes_at(width)
             source = inputs.get(layer)
             has_no_input = option == WIDER_INPUT and (source is None or source.bits >= wide_bits)
-            if width < NARROWEST or has_no_input:
+            is_of_weights = option in (WIDER, NARROWER) and widen == "inputs"
+            if width < NARROWEST or has_no_input or is_of_weights:
                 costs_GLC[:, place, option] = np.inf
             elif option != AS_IT_IS:
                 with _changed(layer, source, width, option, wide_bits, statistics, recipe):
@@ -118,6 +123,7 @@ def widen_sensitive_layers(
     if not is_kept:
         for take_back in reversed(undo):
             take_back()
+        after_G = base_G
     for layer in model.layers().values():
         if layer.float_bias is not None:
             layer.set_bias(layer.float_bias)

@@ -45,6 +45,7 @@ CONFIG = {
             {"strategy": "fair_reconstruction", "weighting": "balanced", "balance": "attribute"},
         ],
         "fair_mixed_precision": {"sensitivity_samples": 32, "calibration_samples": 64},
+        "sensitive_layers": {"widen": "weights_and_inputs"},
     },
     "analysis": {"bootstrap_replicates": 200},
     "deployment": {"cells": [], "export": [], "latency_repeats": 1},
