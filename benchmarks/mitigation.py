@@ -7,7 +7,8 @@
 Trains the float models of mitigation_<data>.yaml where they are missing (main.py's baseline phase: 3 seeds of a
 MobileNetV2), and quantizes each of them in every way of METHODS. Which setting is compared at is found first: the
 widest at which the best plain post-training quantization costs the worst group of the first attribute MOST_DROP points
-on validation. The worst group is the one that loses most there, on validation images; all that is printed is measured on test images.
+on validation. The worst group is the one that loses most there, on validation images; all that is printed is measured
+on test images.
 
 Each result is kept in RESULTS_DIR/<data>/mitigation/ as it is measured: run again, only what is missing is computed;
 `--print` computes nothing. Differences are paired, image by image, averaged over the seeds; intervals are 95 %

@@ -107,8 +107,8 @@ def weights_that_round_to(quantized: QuantizedLayer) -> torch.Tensor:
 
     Each is moved into the middle half of its integer's cell, (q - 1/4) s … (q + 1/4) s, open towards the outside at the
     ends of the range, where clipping has made the integer. At the edge itself, next to which learned rounding
-    leaves many of the float weights, the first steps of a training would undo its choices. Without float weights (a model that was loaded) they are the middle of
-    their cells.
+    leaves many of the float weights, the first steps of a training would undo its choices. Without float weights (a
+    model that was loaded) they are the middle of their cells.
     """
     integer = quantized.weight_integer.to(quantized.weight_scale.dtype)
     scale = along(quantized.weight_scale, quantized.axis, integer.ndim)

@@ -63,9 +63,9 @@ def widen_sensitive_layers(
     widen: Widen = "inputs",
     progress: ptq.Progress | None = None,
 ) -> SensitiveLayers:
-    """Give at most `layer_share` of the layers `wide_bits`, in place: of their `inputs` alone, which take no bytes, or of
-    `weights and inputs` too, within the bytes that the layers take now, and `extra_share` of them more; the others pay
-    with one bit of theirs.
+    """Give at most `layer_share` of the layers `wide_bits`, in place: of their inputs alone, which take no bytes, or of
+    weights and inputs, within the bytes that the layers take now and `extra_share` of them more; the others pay with
+    one bit of theirs.
 
     Weights and ranges must be set, `statistics` be what they were set from, and the float parameters not forgotten;
     weights that change are rounded to nearest. What is brought down is the mean drift over the worst `worst_share` of

@@ -116,7 +116,7 @@ def test_group_weighted_observers_see_a_minority_as_much_as_the_others(model):
 
 
 def test_group_weights_that_an_observer_of_extremes_would_not_see_are_refused(model):
-    with pytest.raises(QuantizationError, match="minmax takes the extremes .* choose percentile or mse or entropy"):
+    with pytest.raises(QuantizationError, match=r"minmax takes the extremes .* choose percentile or mse or entropy"):
         fair_ptq.group_ranges(model, grouped(8, 4), kind="weighted", observer="minmax", **BITS)
     fair_ptq.group_ranges(model, grouped(8, 4), kind="minimax", observer="minmax", **BITS)  # has a search of its own
 
