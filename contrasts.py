@@ -25,12 +25,19 @@ import pandas as pd
 
 from config import Cells, Claim, parse_width
 from joint_bootstrap import JointBootstrap, TestSet, halves
-from result_rows import METHOD_LABELS, parse_options, plain_counterparts, strategy_label, width_label, with_labels
+from result_rows import parse_options, plain_counterparts, strategy_label, width_label, with_labels
 
 COLUMNS = (
     "cell", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits", "options", "width",
     "setting", "setting_order", "baseline_cell", "size_mb", "calibration_seconds", "training_seconds",
 )  # fmt: skip
+
+METHOD_NAMES = {
+    "ptq_static": "static PTQ",
+    "ptq_dynamic": "dynamic PTQ",
+    "qat": "QAT",
+    "mixed_precision": "mixed precision",
+}
 
 
 class Untestable(Exception):
@@ -107,9 +114,9 @@ def _matched(rows: pd.DataFrame, candidates: pd.DataFrame, same_width: bool) -> 
 
 
 def describe(cells: Cells) -> str:
-    """'W4A4 static', 'balanced calibration of ResNet-50'."""
+    """'W4A4 static PTQ', 'balanced calibration of resnet50'."""
     words = [" and ".join(width_label(*parse_width(width)) for width in cells.bits)] if cells.bits else []
-    words += [" or ".join(METHOD_LABELS[method] for method in cells.method)] if cells.method else []
+    words += [" or ".join(METHOD_NAMES[method] for method in cells.method)] if cells.method else []
     words += [" or ".join(strategy_label(name) for name in cells.strategy)] if cells.strategy else []
     words += [", ".join(f"{key} {value}" for key, value in cells.options.items())] if cells.options else []
     text = " ".join(words) or "plain quantization"

@@ -328,7 +328,7 @@ def _mean_effect(study: JointBootstrap, asked: Asked) -> Found:
     sentence = f"{_lead(study, asked, found)} ({told}){_bound_inside(claim, found)}"
     if None not in (claim.above, claim.below) and len(found.parts) > 1:
         verb = "is" if len(outside) == 1 else "are"
-        between = f"between {claim.above:+g} and {claim.below:+g}"
+        between = f"between {_bound(claim.above)} and {_bound(claim.below)}"
         sentence += (
             f"; taken alone, {_and(outside)} {verb} not shown to stay {between}"
             if outside
@@ -767,7 +767,11 @@ def _bound_inside(claim: Claim, found: Found) -> str:
     bound = claim.below if claim.above is None else claim.above
     if not found.low <= bound <= found.high:
         return ""
-    return f"; the interval includes {'zero' if bound == 0 else f'{bound:+g}'}"
+    return f"; the interval includes {'zero' if bound == 0 else _bound(bound)}"
+
+
+def _bound(value: float) -> str:
+    return f"{value:+g}" if value else "0"
 
 
 def _points(value: float) -> str:

@@ -153,7 +153,7 @@ def retention_table(retention: pd.DataFrame, level: float) -> pd.DataFrame:
     table[f"worst group kept % [{level * 100:.4g} % CI]"] = [
         _with_interval(100 * row.kept, 100 * row.kept_ci_low, 100 * row.kept_ci_high, 1) for row in shown.itertuples()
     ]
-    table["kept % per MB saved"] = [
+    table[f"kept % per MB saved [{level * 100:.4g} % CI]"] = [
         _with_interval(100 * row.kept_per_mb, 100 * row.kept_per_mb_ci_low, 100 * row.kept_per_mb_ci_high, 2)
         for row in shown.itertuples()
     ]
