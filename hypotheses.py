@@ -45,7 +45,6 @@ from contrasts import (
     Ticket,
     Untestable,
     ask_for_pairs,
-    describe,
     describe_reference,
     pairs_of,
     study_of,
@@ -55,6 +54,22 @@ from joint_bootstrap import JointBootstrap, TestSet, equal_weights, interval_end
 from result_rows import model_label, with_labels
 from significance import holm
 from store import seed_for
+from wording import (
+    and_list,
+    bound_inside,
+    bound_text,
+    cells_of,
+    count,
+    interval_text,
+    lead,
+    left_out,
+    noun,
+    p_text,
+    points,
+    rule,
+    test_name,
+    unit,
+)
 
 SIZE_RATIO = 1.2  # by size: the largest is at least so much larger than the smallest, else there is nothing to compare
 MAX_PERMUTATIONS = 5040  # all of them where they are no more, else so many random ones
@@ -71,12 +86,11 @@ CHANGE_COLUMNS = (
     "dataset", "model", "setting", "setting_order", "width", "n_seeds", "n_images", "accuracy", "change", "ci_low",
     "ci_high",
 )  # fmt: skip
-UNITS = {"accuracy_loss": "points of accuracy lost", "worst_group_excess_loss": "points of accuracy lost"}
 
 
 @dataclass
 class Asked:
-    """A claim whose images sums have been asked for; `how` turns them into a Found."""
+    """A claim whose sums over images have been asked for."""
 
     claim: Claim
     pairs: pd.DataFrame
@@ -258,7 +272,7 @@ def _check_blocks(study: JointBootstrap, asked: Asked) -> None:
     orders = math.factorial(len(models)) ** (len(blocks) - 1)
     if len(models) < 2 or 1 / orders > _alpha(study, asked.claim) + 1e-12:
         raise Untestable(
-            f"{_count(len(models), 'model')} in {_count(len(blocks), 'training')} each: too few orders for a "
+            f"{count(len(models), 'model')} in {count(len(blocks), 'training')} each: too few orders for a "
             "permutation test"
         )
     asked.details |= {"blocks": blocks, "models": models}
@@ -275,7 +289,7 @@ def _ask_by_group_size(study: JointBootstrap, pool: Pool, asked: Asked) -> None:
         groups = test_set.eligible(test_set.intersection_N, test_set.intersection_names)
         n_G = np.bincount(test_set.intersection_N)[groups]
         if len(groups) < needed:
-            reasons.append(f"{name} has {_count(len(groups), 'large enough group')}, at least {needed} are needed")
+            reasons.append(f"{name} has {count(len(groups), 'large enough group')}, at least {needed} are needed")
             continue
         if n_G.max() / n_G.min() < SIZE_RATIO:
             reasons.append(f"the groups of {name} are about the same size")
@@ -317,25 +331,31 @@ def _mean_effect(study: JointBootstrap, asked: Asked) -> Found:
     replicates_BP, weights_P = asked.ticket.replicates_BC, equal_weights(asked.pairs)
     found = _decide(study, claim, float(observed_P @ weights_P), replicates_BP @ weights_P, pairs)
     found.parts = _parts(pairs, observed_P, replicates_BP, found.level)
-    outside = []
-    if None not in (claim.above, claim.below):
+    chosen = _worst_groups(study, asked) if claim.metric == "worst_group_excess_loss" else ()
+    alone = ""
+    if None not in (claim.above, claim.below) and len(found.parts) > 1:
+        between = f"between {bound_text(claim.above)} and {bound_text(claim.below)}"
         outside = [
             part["label"]
             for part in found.parts
             if not (claim.above < part["ci_low"] and part["ci_high"] < claim.below)
         ]
-    told = _ci(found.low, found.high, found.level)
-    sentence = f"{_lead(study, asked, found)} ({told}){_bound_inside(claim, found)}"
-    if None not in (claim.above, claim.below) and len(found.parts) > 1:
         verb = "is" if len(outside) == 1 else "are"
-        between = f"between {_bound(claim.above)} and {_bound(claim.below)}"
-        sentence += (
-            f"; taken alone, {_and(outside)} {verb} not shown to stay {between}"
-            if outside
-            else f"; each taken alone stays {between} too"
-        )
-    found.sentence = sentence + "." + _left_out(asked)
+        alone = f"; each taken alone stays {between} too"
+        if outside:
+            alone = f"; taken alone, {and_list(outside)} {verb} not shown to stay {between}"
+    found.sentence = f"{lead(claim, pairs, found.effect, chosen)} {_interval(asked, found, then=alone)}"
     return found
+
+
+def _worst_groups(study: JointBootstrap, asked: Asked) -> list[str]:
+    """Names of the groups that were chosen as the references' worst."""
+    chosen = {
+        str(study.test_sets[pair.dataset].group_names[g])
+        for pair in asked.pairs.itertuples()
+        for g in asked.details["effects"][pair.dataset].worst_groups(pair.reference)
+    }
+    return sorted(chosen)
 
 
 def _swapped(study: JointBootstrap, name: str, asked: Asked) -> Found:
@@ -354,10 +374,8 @@ def _swapped(study: JointBootstrap, name: str, asked: Asked) -> Found:
     p_lower, p_upper = _share_at_least(-null_B, -found.effect), _share_at_least(null_B, found.effect)
     _agree(study, claim, found, p_lower, p_upper, min(1.0, 2 * min(p_lower, p_upper)))
     found.parts = _parts(pairs, observed_P, replicates_BP, found.level)
-    found.sentence = (
-        f"{_lead(study, asked, found)} ({_ci(found.low, found.high, found.level)}, paired permutation p = "
-        f"{_p(min(found.p_for, found.p_against))}){_bound_inside(claim, found)}.{_left_out(asked)}"
-    )
+    p = f", paired permutation p = {p_text(min(found.p_for, found.p_against))}"
+    found.sentence = f"{lead(claim, pairs, found.effect)} {_interval(asked, found, p)}"
     return found
 
 
@@ -379,9 +397,9 @@ def _by_model_size(study: JointBootstrap, name: str, asked: Asked) -> Found:
         for m, (model, mb) in enumerate(size.items())
     ]
     found.sentence = (
-        f"Over {_count(len(size), 'model')} from {size.min():.3g} to {size.max():.3g} MB, the {_noun(claim)} at "
-        f"{_cells(pairs, claim)} changes by {_points(found.effect)} points per doubling of the FP32 size "
-        f"({_ci(found.low, found.high, found.level)} over images{p}){_bound_inside(claim, found)}.{_left_out(asked)}"
+        f"Over {count(len(size), 'model')} from {size.min():.3g} to {size.max():.3g} MB, the {noun(claim)} at "
+        f"{cells_of(pairs, claim)} changes by {points(found.effect)} points per doubling of the FP32 size "
+        f"{_interval(asked, found, ' over images' + p)}"
     )
     return found
 
@@ -416,9 +434,9 @@ def _by_group_size(study: JointBootstrap, name: str, asked: Asked) -> Found:
     p = _agree_by_permutation(study, claim, found, null)
     found.parts = parts
     found.sentence = (
-        f"Over {_count(len(parts), 'group')} and {_count(asked.pairs['model'].nunique(), 'model')}, the "
-        f"{_noun(claim)} at {_cells(asked.pairs, claim)} changes by {_points(found.effect)} points per halving of the "
-        f"group's size ({_ci(found.low, found.high, found.level)} over images{p}){_bound_inside(claim, found)}."
+        f"Over {count(len(parts), 'group')} and {count(asked.pairs['model'].nunique(), 'model')}, the {noun(claim)} at "
+        f"{cells_of(asked.pairs, claim)} changes by {points(found.effect)} points per halving of the group's size "
+        f"{_interval(asked, found, ' over images' + p)}"
     )
     if asked.details["left_out"]:
         found.sentence += f" Left out: {'; '.join(asked.details['left_out'])}."
@@ -455,9 +473,8 @@ def _by_architecture(study: JointBootstrap, name: str, asked: Asked) -> Found:
         for m, model in enumerate(models)
     ]
     found.sentence = (
-        f"Between {_count(len(blocks), 'training')} of {_count(len(models), 'model')}, the {_noun(claim)} at "
-        f"{_cells(pairs, claim)} correlates by {_points(found.effect)} ({_ci(found.low, found.high, found.level)} over "
-        f"images{p}){_bound_inside(claim, found)}."
+        f"Between {count(len(blocks), 'training')} of {count(len(models), 'model')}, the {noun(claim)} at "
+        f"{cells_of(pairs, claim)} correlates by {points(found.effect)} {_interval(asked, found, ' over images' + p)}"
     )
     return found
 
@@ -469,10 +486,17 @@ def _seconds(asked: Asked) -> Found:
     bounds = [f"more than {claim.above:g}"] if claim.above is not None else []
     bounds += [f"less than {claim.below:g}"] if claim.below is not None else []
     sentence = (
-        f"In {_count(len(pairs), 'pair')} it takes {'' if is_claimed else 'not '}{_and(bounds)} times the seconds of "
-        f"{describe_reference(claim)} (geometric mean; costs.csv has them)."
+        f"In {count(len(pairs), 'pair')} it takes {'' if is_claimed else 'not '}{and_list(bounds)} times the "
+        f"seconds of {describe_reference(claim)} (geometric mean; costs.csv has them)."
     )
     return Found("supported" if is_claimed else "contradicted", pairs, sentence)
+
+
+def _interval(asked: Asked, found: Found, more: str = "", then: str = "") -> str:
+    """The end of a sentence: the interval, the bound that it includes, and the pairs that do not count."""
+    told = interval_text(found.low, found.high, found.level) + more
+    includes = bound_inside(asked.claim, found.low, found.high)
+    return f"({told}){includes}{then}.{left_out(asked.n_collapsed, asked.n_undefined)}"
 
 
 # ------------------------------------------------------------------------------------------------------------ decisions
@@ -516,7 +540,7 @@ def _agree_by_permutation(study: JointBootstrap, claim: Claim, found: Found, nul
     p = min(1.0, float(np.mean(np.abs(null) >= abs(found.effect) - 1e-12)))
     _agree(study, claim, found, float(p_lower), float(p_upper), p)
     over = {"model_size": "models", "group_size": "groups", "architecture": "models in each training"}[claim.by]
-    return f"; permutation over {over} p = {_p(p)}"
+    return f"; permutation over {over} p = {p_text(p)}"
 
 
 def _row(study: JointBootstrap, hypothesis: Hypothesis, found: list[Found]) -> dict:
@@ -558,14 +582,14 @@ def _row(study: JointBootstrap, hypothesis: Hypothesis, found: list[Found]) -> d
         "threshold_high": claim.above if claim.below is None else claim.below,
         "p": p,
         "p_holm": math.nan,
-        "test": _test(claim) if verdict != "not tested" else "",
-        "unit": _unit(claim),
+        "test": test_name(claim) if verdict != "not tested" else "",
+        "unit": unit(claim),
         "n_images": 0 if pairs is None else sum(study.test_sets[name].n for name in pairs["dataset"].unique()),
         "n_models": 0 if pairs is None else int(pairs["model"].nunique()),
         "n_seeds": 0 if pairs is None else int(pairs["seed"].nunique()),
         "n_comparisons": 0 if pairs is None else len(pairs),
         "sentence": sentence,
-        "rule": "; and ".join(_rule(study, each) for each in hypothesis.claims),
+        "rule": "; and ".join(rule(each, _level(study, each)) for each in hypothesis.claims),
         "reason": reason,
         "parts": first.parts,
         "config": hypothesis.model_dump(mode="json"),
@@ -579,8 +603,8 @@ def _corrected(table: pd.DataFrame, level: float) -> pd.DataFrame:
     for i in tested:
         if table.loc[i, "verdict"] in ("supported", "contradicted") and table.loc[i, "p_holm"] > 1 - level + 1e-12:
             table.loc[i, "sentence"] += (
-                f" Corrected for {len(tested)} hypotheses (Holm), p = {_p(table.loc[i, 'p_holm'])}: that much can be "
-                "chance among so many."
+                f" Corrected for {len(tested)} hypotheses (Holm), p = {p_text(table.loc[i, 'p_holm'])}: that much can "
+                "be chance among so many."
             )
     return table
 
@@ -655,141 +679,3 @@ def _parts(pairs: pd.DataFrame, observed_P, replicates_BP, level: float) -> list
         values_B = nan_mean(replicates_BP[:, at], weights)
         parts.append({"label": label, "effect": float(observed_P[at] @ weights), **interval_ends(values_B, level)})
     return parts
-
-
-# ------------------------------------------------------------------------------------------------------------ sentences
-
-
-def _lead(study: JointBootstrap, asked: Asked, found: Found) -> str:
-    """'Over 2 models, W8A8 static (mse) changes accuracy by -0.31 points against FP32'."""
-    claim, pairs = asked.claim, asked.pairs
-    effect, cells, reference = found.effect, _cells(pairs, claim), describe_reference(claim)
-    over = _count(len(found.parts), "model")
-    if claim.metric in GAP_METRICS or pairs["width"].nunique() > 1:
-        widths = sorted(
-            pairs["width"].unique(), key=lambda width: pairs.loc[pairs["width"] == width, "setting_order"].min()
-        )
-        over = f"{_count(len(pairs), 'pair')} ({_and(widths)})"
-    if claim.metric == "worst_group_excess_loss":
-        chosen = {
-            str(study.test_sets[row.dataset].group_names[g])
-            for row in pairs.itertuples()
-            for g in asked.details["effects"][row.dataset].worst_groups(row.reference)
-        }
-        return (
-            f"At {cells} the group with the lowest {reference} accuracy ({_and(sorted(chosen))}) loses "
-            f"{abs(effect):.2f} points {'more' if effect >= 0 else 'less'} than the average image, over {over} "
-            f"(difference {_points(effect)})"
-        )
-    if claim.metric == "accuracy_loss":
-        return f"Over {over}, {cells} loses {_points(effect)} points of accuracy against {reference}"
-    return f"Over {over}, {cells} changes {_article(_noun(claim))} by {_points(effect)} points against {reference}"
-
-
-def _noun(claim: Claim) -> str:
-    named = {
-        "accuracy_loss": "accuracy lost",
-        "worst_group_accuracy": "worst group's accuracy",
-        "worst_group_excess_loss": "worst group's excess loss",
-    }
-    name = named.get(claim.metric, claim.metric.replace("_", " "))
-    return name.replace("equalized odds", "equalized-odds")
-
-
-def _article(noun: str) -> str:
-    return noun if noun == "accuracy" else f"the {noun}"
-
-
-def _cells(pairs: pd.DataFrame, claim: Claim) -> str:
-    """The setting where there is one, else what the claim says."""
-    return pairs["setting"].iloc[0] if pairs["setting"].nunique() == 1 else describe(claim.cells)
-
-
-def _unit(claim: Claim) -> str:
-    if claim.by == "architecture":
-        return "correlation between trainings"
-    if claim.by is None:
-        return UNITS.get(claim.metric, f"points of {_noun(claim)}")
-    per = "doubling" if claim.by == "model_size" else "halving"
-    what = "loss" if claim.metric == "accuracy_loss" else _noun(claim)
-    return f"points of {what} per {per} of size"
-
-
-def _test(claim: Claim) -> str:
-    if claim.by is not None and claim.is_permuted:
-        over = {"model_size": "sizes over models", "group_size": "sizes over groups", "architecture": "models"}
-        return f"permutation of {over[claim.by]}, and bootstrap over images"
-    if claim.is_permuted:
-        return "paired permutation over images"
-    fitted = ", cross-fitted" if claim.metric not in ("accuracy", "accuracy_loss") else ""
-    return f"{'TOST, ' if None not in (claim.above, claim.below) else ''}paired bootstrap over images{fitted}"
-
-
-def _rule(study: JointBootstrap, claim: Claim) -> str:
-    """The claim as a decision rule in words."""
-    what = f"{_noun(claim)} of {describe(claim.cells)} against {describe_reference(claim)}"
-    what = f"difference in {what}" if claim.metric != "accuracy_loss" else what
-    over = {
-        None: f"{what}, mean over models",
-        "model_size": f"slope on log2 of the FP32 size, over models, of the {what}",
-        "group_size": f"slope on -log2 of the share of the test set, over intersectional groups, of the {what}",
-        "architecture": f"mean correlation over models, between trainings, of the {what}",
-    }[claim.by]
-    if claim.metric == "seconds_ratio":
-        over = f"seconds of calibration and training of {describe(claim.cells)} over those of "
-        over += f"{describe_reference(claim)}, geometric mean"
-    bounds = " and ".join(
-        f"{side} {bound:g}" for side, bound in (("above", claim.above), ("below", claim.below)) if bound is not None
-    )
-    if claim.metric == "seconds_ratio":
-        return f"{over}: supported {bounds}, else contradicted"
-    interval = f"its {_level(study, claim) * 100:.4g} % interval"
-    rule = f"{over}: supported if {interval} lies {bounds}, contradicted if it lies outside"
-    return rule + (", and the permutation test agrees" if claim.is_permuted else "")
-
-
-def _left_out(asked: Asked) -> str:
-    told = ""
-    if asked.n_collapsed:
-        told += (
-            " Not counted, since a model in it gives one class to nearly every image and so has no gap: "
-            f"{_count(asked.n_collapsed, 'further pair')}."
-        )
-    if asked.n_undefined:
-        told += f" It is undefined in {_count(asked.n_undefined, 'further pair')}."
-    return told
-
-
-def _bound_inside(claim: Claim, found: Found) -> str:
-    """Said where the one bound lies inside the interval."""
-    if None not in (claim.above, claim.below):
-        return ""
-    bound = claim.below if claim.above is None else claim.above
-    if not found.low <= bound <= found.high:
-        return ""
-    return f"; the interval includes {'zero' if bound == 0 else _bound(bound)}"
-
-
-def _bound(value: float) -> str:
-    return f"{value:+g}" if value else "0"
-
-
-def _points(value: float) -> str:
-    return f"{value:+.2f}"
-
-
-def _ci(low: float, high: float, level: float) -> str:
-    return f"{level * 100:.4g} % interval {low:+.2f} to {high:+.2f}"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" + ("" if n == 1 else "s")
-
-
-def _and(names: Sequence[str]) -> str:
-    names = [str(name) for name in names]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "none"

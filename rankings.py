@@ -140,7 +140,7 @@ def resilience_table(resilience: pd.DataFrame, level: float) -> pd.DataFrame:
 
 def retention_table(retention: pd.DataFrame, level: float) -> pd.DataFrame:
     """The main settings of `retention` for print."""
-    shown = retention[retention["is_main"].astype(bool)]
+    shown = retention[retention["is_main"].astype(bool)].reset_index(drop=True)
     if shown.empty:
         return pd.DataFrame()
     table = pd.DataFrame()
@@ -157,7 +157,7 @@ def retention_table(retention: pd.DataFrame, level: float) -> pd.DataFrame:
         _with_interval(100 * row.kept_per_mb, 100 * row.kept_per_mb_ci_low, 100 * row.kept_per_mb_ci_high, 2)
         for row in shown.itertuples()
     ]
-    return table.reset_index(drop=True)
+    return table
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
