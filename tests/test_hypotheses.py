@@ -249,6 +249,8 @@ def test_qat_gain_needs_a_modest_gain_and_the_cost(tmp_path):
         assert found["effect"] == pytest.approx(100 * gain / 1200)
         assert ("takes not more than 2 times" in found["sentence"]) == (name == "cheap")
         assert "15" not in found["sentence"] and found["ci_level"] == pytest.approx(0.9)
+        again = rows.assign(calibration_seconds=11.0)  # another time the same work takes longer
+        assert str(only("H2-qat-gain", again, test_set)) == str(found)
         costs = hypotheses.costs(rows, {"synthetic": test_set}, [DEFAULT["H2-qat-gain"]])
         assert costs["seconds_ratio"].tolist() == pytest.approx([seconds / 10] * 2)
     without = rows.drop(columns=["calibration_seconds", "training_seconds"])
