@@ -1,22 +1,31 @@
 """Hypotheses as decision rules, computed from predictions: supported, contradicted, inconclusive or not tested.
 
-(a) INT8 keeps accuracy, (b) 4 bits cost the worst group more, (c) group-balanced calibration narrows the equalized-odds
-difference, (d) larger models lose less at 4 bits, (e) smaller groups lose more. Each rule is a function below.
+A hypothesis is one claim or several, written in the config (`analysis.hypotheses`; the default ones are
+config.HYPOTHESES): which cells are compared with which, in which metric, and above or below what the effect shall lie.
+contrasts.py says how the effects are computed; here they are decided upon.
 
 What the intervals cover. All models of a data set are measured on the same test images, so images are resampled jointly
 for all of them (a paired bootstrap, stratified by group: the group sizes are those of the test set). The intervals are
 over images, given these models, seeds and groups: they do not say what other training seeds or other architectures
-would have done. Rules that speak of models or groups in general (d, e) therefore ask for a permutation test over the
-models or groups as well. Both must agree before a rule says anything but "inconclusive".
+would have done. Claims that speak of models, groups or trainings in general (`by`) therefore ask for a permutation test
+over them as well, and gaps between groups for one that swaps the two models' predictions image by image. Both must
+agree before a rule says anything but "inconclusive". Gaps of models that give one class to nearly every image are left
+out: they say nothing about fairness.
 
-The worst group is chosen on one half of the images and measured on the other, both ways, and averaged (cross-fitting):
-choosing and measuring on the same images would make it look worse than it is. The chosen groups are held fixed when
-images are resampled. A max - min gap is biased upward by the same mechanism; the gap rule (c) compares two such gaps on
-the same images, and its test swaps the two models' predictions image by image, which is valid however close the groups
-are. Its interval is a description of spread.
+Decisions, at the claim's level 1 - alpha:
 
-Effects are in percentage points. `level` is 1 - alpha; a rule about equivalence (a) uses the interval of level 1 - 2
-alpha, which is the two one-sided tests (TOST) procedure.
+one bound       supported where the interval of that level lies on the claim's side of the bound, contradicted where it
+                lies on the other side
+two bounds      the same with the interval of level 1 - 2 alpha: the two one-sided tests (TOST) of equivalence
+several claims  supported where all are (an intersection-union test), contradicted where one is
+
+`p` is that of the side on which the effect lies: of "the effect is not as claimed" (two-sided for one bound; the larger
+one of TOST; the largest of several claims), or, where it lies outside, of "it is as claimed" (for several claims the
+smallest times their number). It comes from the permutation where there is one. `p_holm` is Holm's correction over the
+hypotheses that were tested; a decision that does not survive it says so in its sentence.
+
+Seconds (`seconds_ratio`) decide by their geometric mean over the pairs alone, and their numbers go into costs.csv, not
+into the verdicts: the same work takes another time when it is done again.
 """
 
 from __future__ import annotations
@@ -24,21 +33,54 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
+from config import GAP_METRICS, Claim, Hypothesis
+from contrasts import (
+    Effects,
+    Pool,
+    Ticket,
+    Untestable,
+    ask_for_pairs,
+    describe_reference,
+    pairs_of,
+    study_of,
+    undefined,
+)
 from joint_bootstrap import JointBootstrap, TestSet, equal_weights, interval_ends, nan_mean, percentile_interval
-from result_rows import model_label, plain_counterparts, with_labels
+from result_rows import model_label, with_labels
+from significance import holm
 from store import seed_for
+from wording import (
+    and_list,
+    bound_inside,
+    bound_text,
+    cells_of,
+    count,
+    interval_text,
+    lead,
+    left_out,
+    noun,
+    p_text,
+    points,
+    rule,
+    test_name,
+    unit,
+)
 
-EQUIVALENCE_MARGIN = 1.0  # (a): percentage points of accuracy
-SIZE_RATIO = 1.2  # (d, e): the largest is at least so much larger than the smallest, else there is nothing to compare
-MAX_PERMUTATIONS = 5040  # all of them up to 7 models or groups, else so many random ones
+SIZE_RATIO = 1.2  # by size: the largest is at least so much larger than the smallest, else there is nothing to compare
+MAX_PERMUTATIONS = 5040  # all of them where they are no more, else so many random ones
 VERDICTS = ("supported", "contradicted", "inconclusive", "not tested")
 COLUMNS = (
     "id", "statement", "verdict", "effect", "ci_low", "ci_high", "ci_level", "threshold_low", "threshold_high", "p",
-    "test", "unit", "n_images", "n_models", "n_comparisons", "sentence", "rule", "reason", "parts",
+    "p_holm", "test", "unit", "n_images", "n_models", "n_seeds", "n_comparisons", "sentence", "rule", "reason", "parts",
+    "config",
+)  # fmt: skip
+COST_COLUMNS = (
+    "hypothesis", "dataset", "model", "seed", "cell", "reference", "seconds", "reference_seconds", "seconds_ratio",
 )  # fmt: skip
 CHANGE_COLUMNS = (
     "dataset", "model", "setting", "setting_order", "width", "n_seeds", "n_images", "accuracy", "change", "ci_low",
@@ -46,11 +88,67 @@ CHANGE_COLUMNS = (
 )  # fmt: skip
 
 
-def evaluate(rows: pd.DataFrame, test_sets: Mapping[str, TestSet], replicates: int, level: float) -> pd.DataFrame:
+@dataclass
+class Asked:
+    """A claim whose sums over images have been asked for."""
+
+    claim: Claim
+    pairs: pd.DataFrame
+    ticket: Ticket | None = None
+    n_undefined: int = 0
+    n_collapsed: int = 0
+    details: dict = field(default_factory=dict)
+
+
+@dataclass
+class Found:
+    """What the data say about one claim."""
+
+    verdict: str
+    pairs: pd.DataFrame
+    sentence: str = ""
+    reason: str = ""
+    effect: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    level: float = math.nan
+    p_for: float = math.nan  # of "the effect is not as claimed"
+    p_against: float = math.nan  # of "the effect is as claimed"
+    parts: list[dict] = field(default_factory=list)
+
+
+def evaluate(
+    rows: pd.DataFrame,
+    test_sets: Mapping[str, TestSet],
+    hypotheses: Sequence[Hypothesis],
+    replicates: int,
+    level: float,
+) -> pd.DataFrame:
     """One row a hypothesis, columns `COLUMNS`. `rows` are the finished cells; their predictions are in `test_sets`."""
-    study = JointBootstrap(with_labels(rows).reset_index(drop=True), test_sets, replicates, level)
-    rules = (_int8_is_lossless, _four_bits_cost_the_worst_group, _balanced_calibration, _larger_models, _smaller_groups)
-    return pd.DataFrame([rule(study) for rule in rules], columns=list(COLUMNS))
+    study = study_of(rows, test_sets, replicates, level)
+    effects = {name: Effects(test_set) for name, test_set in test_sets.items()}
+    pool = Pool(study)
+    asked = [[_ask(study, effects, pool, claim) for claim in hypothesis.claims] for hypothesis in hypotheses]
+    pool.draw()
+    found = []
+    for hypothesis, claims in zip(hypotheses, asked, strict=True):
+        found.append(_row(study, hypothesis, [_find(study, hypothesis.id, each) for each in claims]))
+    return _corrected(pd.DataFrame(found, columns=list(COLUMNS)), level)
+
+
+def costs(rows: pd.DataFrame, test_sets: Mapping[str, TestSet], hypotheses: Sequence[Hypothesis]) -> pd.DataFrame:
+    """Seconds of the pairs that claims about seconds_ratio compare: one row a pair, columns `COST_COLUMNS`."""
+    study = study_of(rows, test_sets, 0, 0.95)
+    tables = []
+    for hypothesis in hypotheses:
+        for claim in hypothesis.claims:
+            if claim.metric == "seconds_ratio":
+                try:
+                    pairs = _with_seconds(study, pairs_of(study, claim))
+                except Untestable:
+                    continue
+                tables.append(pairs.assign(hypothesis=hypothesis.id)[list(COST_COLUMNS)])
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(COST_COLUMNS))
 
 
 def accuracy_changes(
@@ -87,333 +185,428 @@ def accuracy_changes(
     return pd.DataFrame(found)
 
 
-# ------------------------------------------------------------------------------------------------------------ the rules
+# --------------------------------------------------------------------------------------------- what a claim needs drawn
 
 
-def _int8_is_lossless(study: JointBootstrap) -> dict:
-    margin = EQUIVALENCE_MARGIN
-    answer = _blank(
-        "int8_accuracy",
-        f"INT8 keeps accuracy within {margin:g} point of FP32",
-        f"mean change in accuracy over models, W8A8 static; supported if its {study.equivalence_level:.0%} interval "
-        "lies within "
-        f"±{margin:g}, contradicted if it lies outside",
-        "points of accuracy",
-        (-margin, margin),
-    )
-    pairs = study.main_pairs("W8A8")
+def _ask(study: JointBootstrap, effects: Mapping[str, Effects], pool: Pool, claim: Claim) -> Asked | Found:
+    """The claim with its sums asked for; why it is not tested, where it cannot be."""
+    try:
+        pairs = pairs_of(study, claim)
+        n_collapsed = 0
+        if claim.metric in GAP_METRICS:
+            collapsed = [
+                any(study.test_sets[pair.dataset].is_collapsed(cell) for cell in (pair.cell, pair.reference))
+                for pair in pairs.itertuples()
+            ]
+            n_collapsed, pairs = sum(collapsed), pairs[[not flag for flag in collapsed]].reset_index(drop=True)
+            if pairs.empty:
+                raise Untestable("in every pair a model gives one class to nearly every image, which has no gap")
+        asked = Asked(claim, pairs, n_collapsed=n_collapsed, details={"effects": effects})
+        if claim.metric == "seconds_ratio":
+            asked.pairs = _with_seconds(study, pairs)
+        elif claim.by == "group_size":
+            _ask_by_group_size(study, pool, asked)
+        elif not _is_swapped(claim):
+            asked.pairs, asked.ticket, asked.n_undefined = ask_for_pairs(pool, effects, pairs, claim.metric)
+            if claim.by == "model_size":
+                _check_model_sizes(study, asked)
+            if claim.by == "architecture":
+                _check_blocks(study, asked)
+        return asked
+    except Untestable as why:
+        return Found("not tested", pd.DataFrame(), reason=str(why))
+
+
+def _is_swapped(claim: Claim) -> bool:
+    """Whether the permutation test is that of the two models' predictions."""
+    return claim.is_permuted and claim.by is None
+
+
+def _level(study: JointBootstrap, claim: Claim) -> float:
+    """Of the interval that decides."""
+    level = claim.level or study.level
+    return round(1 - 2 * (1 - level), 10) if None not in (claim.above, claim.below) else level
+
+
+def _alpha(study: JointBootstrap, claim: Claim) -> float:
+    return 1 - (claim.level or study.level)
+
+
+def _with_seconds(study: JointBootstrap, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs with the seconds of both cells; those without a time are left out."""
+    columns = [study.rows[name] for name in ("calibration_seconds", "training_seconds") if name in study.rows]
+    if not columns:
+        raise Untestable("the rows have no seconds of calibration or training")
+    seconds = pd.concat(columns, axis=1).astype(float).sum(axis=1, min_count=1)
+    of_cell = dict(zip(study.rows["cell"], seconds, strict=True))
+    pairs = pairs.assign(seconds=pairs["cell"].map(of_cell), reference_seconds=pairs["reference"].map(of_cell))
+    pairs = pairs[(pairs["seconds"] > 0) & (pairs["reference_seconds"] > 0)].reset_index(drop=True)
     if pairs.empty:
-        return _not_tested(answer, "no finished W8A8 cell with its FP32 cell")
-    observed_P, replicates_BP = study.changes(pairs, "int8_accuracy")
-    weights_P = equal_weights(pairs)
-    effect, values_B = float(observed_P @ weights_P), replicates_BP @ weights_P
-    low, high = percentile_interval(values_B, study.equivalence_level)
-    verdict = "supported" if -margin < low and high < margin else "inconclusive"
-    if high < -margin or low > margin:
-        verdict = "contradicted"
-    p = max(_share_at_least(values_B, margin), _share_at_least(-values_B, margin))
-    parts = _parts_by_model(study, pairs, observed_P, replicates_BP, study.equivalence_level)
-    outside = [part["label"] for part in parts if not (-margin < part["ci_low"] and part["ci_high"] < margin)]
-    sentence = (
-        f"Over {_count(len(parts), 'model')}, {pairs['setting'].iloc[0]} changes accuracy by {_points(effect)} points "
-        "on average "
-        f"({_ci(low, high, study.equivalence_level)})"
-    )
-    if outside:
-        verb = "is" if len(outside) == 1 else "are"
-        sentence += f"; taken alone, {_and(outside)} {verb} not shown to stay within ±{margin:g}."
-    else:
-        sentence += f"; each model taken alone stays within ±{margin:g} too."
-    return _decided(
-        answer,
-        verdict,
-        effect,
-        low,
-        high,
-        study.equivalence_level,
-        p,
-        "TOST, paired bootstrap over images",
-        pairs,
-        study,
-        sentence,
-        parts,
-    )
+        raise Untestable("no pair of cells has seconds of calibration or training")
+    return pairs.assign(seconds_ratio=pairs["seconds"] / pairs["reference_seconds"])
 
 
-def _four_bits_cost_the_worst_group(study: JointBootstrap) -> dict:
-    answer = _blank(
-        "worst_group_at_4_bits",
-        "4 bits cost the worst group more than the average",
-        "loss of accuracy at W4A4 static of the group with the lowest FP32 accuracy, minus the loss over all images, "
-        "mean over "
-        "models; group chosen on one half of the images, measured on the other, both ways; supported or contradicted "
-        "if the "
-        "interval excludes 0",
-        "points of accuracy",
-        (0.0, 0.0),
-    )
-    pairs = study.main_pairs("W4A4")
-    if pairs.empty:
-        return _not_tested(answer, "no finished W4A4 cell with its FP32 cell")
-    too_few = [name for name in pairs["dataset"].unique() if len(study.eligible_groups(name)) < 2]
-    if too_few:
-        return _not_tested(answer, f"fewer than two groups are large enough in {_and(too_few)}")
-    observed_P, replicates_BP, chosen = study.worst_group_excess(pairs, "worst_group_at_4_bits")
-    weights_P = equal_weights(pairs)
-    effect, values_B = float(observed_P @ weights_P), replicates_BP @ weights_P
-    low, high = percentile_interval(values_B, study.level)
-    parts = _parts_by_model(study, pairs, observed_P, replicates_BP, study.level)
-    p = min(1.0, 2 * min(_share_at_least(values_B, 0.0), _share_at_least(-values_B, 0.0)))
-    more = "more" if effect >= 0 else "less"
-    sentence = (
-        f"At {pairs['setting'].iloc[0]} the group with the lowest FP32 accuracy ({_and(chosen)}) loses "
-        f"{abs(effect):.2f} points "
-        f"{more} than the average image (difference {_points(effect)}, {_ci(low, high, study.level)}), over "
-        f"{_count(len(parts), 'model')}{_zero(low, high)}."
-    )
-    return _decided(
-        answer,
-        _sign_verdict(low, high, +1),
-        effect,
-        low,
-        high,
-        study.level,
-        p,
-        "paired bootstrap over images, cross-fitted",
-        pairs,
-        study,
-        sentence,
-        parts,
-    )
+def _check_model_sizes(study: JointBootstrap, asked: Asked) -> None:
+    pairs = asked.pairs
+    fp32_size = dict(zip(study.rows["cell"], study.rows["size_mb"].astype(float), strict=True))
+    sizes = pairs["baseline_cell"].map(fp32_size)
+    mean = sizes.where(sizes > 0).groupby(pairs["model"], sort=False).mean().dropna()
+    needed = _fewest(1 - _alpha(study, asked.claim))
+    if len(mean) < needed:
+        raise Untestable(f"needs at least {needed} models with a known FP32 size, there are {len(mean)}")
+    if mean.max() / mean.min() < SIZE_RATIO:
+        raise Untestable("the models are about the same size")
+    asked.details["size"] = mean
 
 
-def _balanced_calibration(study: JointBootstrap) -> dict:
-    metric = "equalized_odds_difference"
-    answer = _blank(
-        "balanced_calibration",
-        "Group-balanced calibration reduces the equalized-odds difference",
-        "equalized-odds difference with balanced calibration minus that with plain calibration at the same model, seed "
-        "and "
-        "widths, mean over pairs in which neither model has collapsed to one class; supported or contradicted if the "
-        "interval excludes 0 and the paired permutation test "
-        "agrees",
-        "points of equalized-odds difference",
-        (0.0, 0.0),
-    )
-    mitigated = study.rows[study.rows["strategy"] == "bias_aware_calibration"]
-    counterparts = plain_counterparts(study.rows)
-    pairs = mitigated[mitigated["cell"].isin(list(counterparts))].reset_index(drop=True)
-    if pairs.empty:
-        return _not_tested(answer, "no finished bias_aware_calibration cell with a plain counterpart")
-    pairs = pairs.assign(reference=pairs["cell"].map(counterparts))
-    collapsed = [
-        any(study.test_sets[pair.dataset].is_collapsed(cell) for cell in (pair.cell, pair.reference))
-        for pair in pairs.itertuples()
+def _check_blocks(study: JointBootstrap, asked: Asked) -> None:
+    """Blocks of the test of architectures: trainings, each a (data set, seed), that have the same models."""
+    pairs = asked.pairs
+    blocks = list(dict.fromkeys(zip(pairs["dataset"], pairs["seed"], strict=True)))
+    if len(blocks) < 2:
+        raise Untestable("one seed only: what an architecture does cannot be told from what its one training does")
+    of_block = [
+        set(pairs.loc[(pairs["dataset"] == dataset) & (pairs["seed"] == seed), "model"]) for dataset, seed in blocks
     ]
-    n_collapsed, pairs = sum(collapsed), pairs[[not flag for flag in collapsed]].reset_index(drop=True)
-    if pairs.empty:
-        return _not_tested(answer, "in every pair a model gives one class to nearly every image, which has no gap")
-    observed_P, replicates_BP, permuted_BP = study.gap_changes(pairs, metric, "balanced_calibration")
-    defined = ~np.isnan(observed_P)
-    if not defined.any():
-        return _not_tested(
-            answer, "the equalized-odds difference is undefined in every pair (too few groups, or no positives)"
+    models = [model for model in dict.fromkeys(pairs["model"]) if all(model in among for among in of_block)]
+    orders = math.factorial(len(models)) ** (len(blocks) - 1)
+    if len(models) < 2 or 1 / orders > _alpha(study, asked.claim) + 1e-12:
+        raise Untestable(
+            f"{count(len(models), 'model')} in {count(len(blocks), 'training')} each: too few orders for a "
+            "permutation test"
         )
-    left_out = int((~defined).sum())
-    pairs, observed_P = pairs[defined].reset_index(drop=True), observed_P[defined]
-    replicates_BP, permuted_BP = replicates_BP[:, defined], permuted_BP[:, defined]
-    weights_P = equal_weights(pairs)
-    effect, values_B = float(observed_P @ weights_P), nan_mean(replicates_BP, weights_P)
-    null_B = nan_mean(permuted_BP, weights_P)
-    low, high = percentile_interval(values_B, study.level)
-    p_lower, p_upper = _share_at_least(-null_B, -effect), _share_at_least(null_B, effect)
-    alpha = 1 - study.level
-    verdict = _sign_verdict(low, high, -1)
-    if (verdict == "supported" and p_lower > alpha) or (verdict == "contradicted" and p_upper > alpha):
-        verdict = "inconclusive"
-    parts = []
-    for width, block in sorted(pairs.groupby("width"), key=lambda item: item[1]["setting_order"].min()):
-        at, weights = block.index.to_numpy(), equal_weights(block)
-        part_low, part_high = percentile_interval(nan_mean(replicates_BP[:, at], weights), study.level)
-        parts.append(
-            {"label": width, "effect": float(observed_P[at] @ weights), "ci_low": part_low, "ci_high": part_high}
-        )
-    p = min(1.0, 2 * min(p_lower, p_upper))
-    sentence = (
-        f"Over {_count(len(pairs), 'pair')} ({_and([part['label'] for part in parts])}), balanced calibration changes "
-        "the "
-        f"equalized-odds difference by {_points(effect)} points against plain calibration "
-        f"({_ci(low, high, study.level)}, paired "
-        f"permutation p = {_p(p)}){_zero(low, high)}."
-    )
-    if n_collapsed:
-        sentence += (
-            f" Not counted, since a model in it gives one class to nearly every image and so has no gap: "
-            f"{_count(n_collapsed, 'further pair')}."
-        )
-    if left_out:
-        sentence += f" It is undefined in {_count(left_out, 'further pair')}."
-    return _decided(
-        answer,
-        verdict,
-        effect,
-        low,
-        high,
-        study.level,
-        p,
-        "paired permutation over images",
-        pairs,
-        study,
-        sentence,
-        parts,
-    )
+    asked.details |= {"blocks": blocks, "models": models}
 
 
-def _larger_models(study: JointBootstrap) -> dict:
-    answer = _blank(
-        "larger_models_at_4_bits",
-        "Larger models lose less accuracy at 4 bits",
-        "slope of the accuracy loss at W4A4 static on log2 of the FP32 size, over models; supported or contradicted if "
-        "the "
-        "interval over images excludes 0 and a permutation of the sizes among the models agrees",
-        "points of loss per doubling of size",
-        (0.0, 0.0),
-    )
-    pairs = study.main_pairs("W4A4")
-    if pairs.empty:
-        return _not_tested(answer, "no finished W4A4 cell with its FP32 cell")
-    fp32 = study.rows.set_index("cell")["size_mb"].astype(float)
-    pairs = pairs.assign(fp32_size=pairs["baseline_cell"].map(fp32))
-    pairs = pairs[pairs["fp32_size"] > 0].reset_index(drop=True)
-    models = list(pairs["model"].unique())
-    needed = _fewest(study.level)
-    if len(models) < needed:
-        return _not_tested(answer, f"needs at least {needed} models with a known FP32 size, there are {len(models)}")
-    size_M = pairs.groupby("model", sort=False)["fp32_size"].mean().to_numpy()
-    if size_M.max() / size_M.min() < SIZE_RATIO:
-        return _not_tested(answer, "the models are about the same size")
-    observed_P, replicates_BP = study.changes(pairs, "larger_models_at_4_bits")
-    # one column a model: the mean over its data sets and seeds, as a loss
-    of_model_PM = np.stack([equal_weights(pairs, pairs["model"] == model) for model in models], axis=1)
-    loss_M, loss_BM = -observed_P @ of_model_PM, -replicates_BP @ of_model_PM
-    x_M = np.log2(size_M)
-    effect, values_B = float(loss_M @ _slope_weights(x_M)), loss_BM @ _slope_weights(x_M)
-    low, high = percentile_interval(values_B, study.level)
-    null = np.array([loss_M @ _slope_weights(x) for x in _permutations(x_M, "larger_models")])
-    verdict, p = _with_permutation(_sign_verdict(low, high, -1), effect, null, study.level)
-    parts = [
-        {
-            "label": f"{model_label(model)} ({size:.3g} MB)",
-            "effect": float(loss_M[m]),
-            **interval_ends(loss_BM[:, m], study.level),
-        }
-        for m, (model, size) in enumerate(zip(models, size_M, strict=True))
-    ]
-    sentence = (
-        f"Over {_count(len(models), 'model')} from {size_M.min():.3g} to {size_M.max():.3g} MB, the accuracy lost at "
-        f"{pairs['setting'].iloc[0]} changes by {_points(effect)} points per doubling of the FP32 size "
-        f"({_ci(low, high, study.level)} over images; permutation over models p = {_p(p)}){_zero(low, high)}."
-    )
-    return _decided(
-        answer,
-        verdict,
-        effect,
-        low,
-        high,
-        study.level,
-        p,
-        "permutation of sizes over models, and bootstrap over images",
-        pairs,
-        study,
-        sentence,
-        parts,
-    )
-
-
-def _smaller_groups(study: JointBootstrap) -> dict:
-    answer = _blank(
-        "smaller_groups_at_4_bits",
-        "Smaller groups lose more accuracy at 4 bits",
-        "slope of the accuracy loss at W4A4 static on -log2 of the group's share of the test set, over the "
-        "intersectional groups "
-        "that are large enough, mean over models; supported or contradicted if the interval over images excludes 0 and "
-        "a "
-        "permutation of the sizes among the groups agrees",
-        "points of loss per halving of size",
-        (0.0, 0.0),
-    )
-    pairs = study.main_pairs("W4A4")
-    if pairs.empty:
-        return _not_tested(answer, "no finished W4A4 cell with its FP32 cell")
-    needed = _fewest(study.level)
-    usable, reasons = [], []
+def _ask_by_group_size(study: JointBootstrap, pool: Pool, asked: Asked) -> None:
+    """One column a group: the mean over models of what it loses."""
+    claim, pairs = asked.claim, asked.pairs
+    needed = _fewest(1 - _alpha(study, claim))
+    sign = 1 if claim.metric == "accuracy_loss" else -1
+    usable, reasons, blocks = [], [], []
     for name in pairs["dataset"].unique():
         test_set = study.test_sets[name]
-        size_G = np.bincount(test_set.intersection_N)[
-            test_set.eligible(test_set.intersection_N, test_set.intersection_names)
-        ]
-        if len(size_G) < needed:
-            reasons.append(f"{name} has {_count(len(size_G), 'large enough group')}, at least {needed} are needed")
-        elif size_G.max() / size_G.min() < SIZE_RATIO:
-            reasons.append(f"the groups of {name} are about the same size")
-        else:
-            usable.append(name)
-    if not usable:
-        return _not_tested(answer, "; ".join(reasons))
-    pairs = pairs[pairs["dataset"].isin(usable)].reset_index(drop=True)
-    slopes, slopes_B, nulls, parts = [], [], [], []
-    for name in usable:
-        test_set, block = study.test_sets[name], pairs[pairs["dataset"] == name].reset_index(drop=True)
         groups = test_set.eligible(test_set.intersection_N, test_set.intersection_names)
-        observed_PG, replicates_BPG = study.group_changes(block, test_set.intersection_N, "smaller_groups_at_4_bits")
-        weights_P = equal_weights(block)
-        loss_G = -np.einsum("pg,p->g", observed_PG, weights_P)[groups]
-        loss_BG = -np.einsum("bpg,p->bg", replicates_BPG, weights_P)[:, groups]
-        size_G = np.bincount(test_set.intersection_N)[groups]
-        x_G = -np.log2(size_G / test_set.n)
-        slopes.append(loss_G @ _slope_weights(x_G))
-        slopes_B.append(loss_BG @ _slope_weights(x_G))
-        nulls.append([loss_G @ _slope_weights(x) for x in _permutations(x_G, "smaller_groups", name)])
-        prefix = f"{name}: " if len(usable) > 1 else ""
+        n_G = np.bincount(test_set.intersection_N)[groups]
+        if len(groups) < needed:
+            reasons.append(f"{name} has {count(len(groups), 'large enough group')}, at least {needed} are needed")
+            continue
+        if n_G.max() / n_G.min() < SIZE_RATIO:
+            reasons.append(f"the groups of {name} are about the same size")
+            continue
+        block = pairs[pairs["dataset"] == name].reset_index(drop=True)
+        loss_N = np.zeros(test_set.n)
+        for row, weight in zip(block.itertuples(), equal_weights(block), strict=True):
+            loss_N += weight * (test_set.correct(row.reference).astype(float) - test_set.correct(row.cell))
+        member_NG = test_set.intersection_N[:, None] == groups
+        blocks.append((name, 100 * sign * loss_N[:, None] * member_NG / n_G))
+        usable.append((name, groups, n_G))
+    if not usable:
+        raise Untestable("; ".join(reasons))
+    asked.pairs = pairs[pairs["dataset"].isin([name for name, _, _ in usable])].reset_index(drop=True)
+    asked.ticket = pool.ask(blocks)
+    asked.details |= {"usable": usable, "left_out": reasons}
+
+
+# ---------------------------------------------------------------------------------------------- what the data say of it
+
+
+def _find(study: JointBootstrap, name: str, asked: Asked | Found) -> Found:
+    if isinstance(asked, Found):
+        return asked
+    try:
+        if asked.claim.metric == "seconds_ratio":
+            return _seconds(asked)
+        if asked.claim.by is not None:
+            by = {"model_size": _by_model_size, "group_size": _by_group_size, "architecture": _by_architecture}
+            return by[asked.claim.by](study, name, asked)
+        return _swapped(study, name, asked) if _is_swapped(asked.claim) else _mean_effect(study, asked)
+    except Untestable as why:
+        return Found("not tested", pd.DataFrame(), reason=str(why))
+
+
+def _mean_effect(study: JointBootstrap, asked: Asked) -> Found:
+    """The mean over models, decided by its interval."""
+    claim, pairs, observed_P = asked.claim, asked.pairs, asked.ticket.observed_C
+    replicates_BP, weights_P = asked.ticket.replicates_BC, equal_weights(asked.pairs)
+    found = _decide(study, claim, float(observed_P @ weights_P), replicates_BP @ weights_P, pairs)
+    found.parts = _parts(pairs, observed_P, replicates_BP, found.level)
+    chosen = _worst_groups(study, asked) if claim.metric == "worst_group_excess_loss" else ()
+    alone = ""
+    if None not in (claim.above, claim.below) and len(found.parts) > 1:
+        between = f"between {bound_text(claim.above)} and {bound_text(claim.below)}"
+        outside = [
+            part["label"]
+            for part in found.parts
+            if not (claim.above < part["ci_low"] and part["ci_high"] < claim.below)
+        ]
+        verb = "is" if len(outside) == 1 else "are"
+        alone = f"; each taken alone stays {between} too"
+        if outside:
+            alone = f"; taken alone, {and_list(outside)} {verb} not shown to stay {between}"
+    found.sentence = f"{lead(claim, pairs, found.effect, chosen)} {_interval(asked, found, then=alone)}"
+    return found
+
+
+def _worst_groups(study: JointBootstrap, asked: Asked) -> list[str]:
+    """Names of the groups that were chosen as the references' worst."""
+    chosen = {
+        str(study.test_sets[pair.dataset].group_names[g])
+        for pair in asked.pairs.itertuples()
+        for g in asked.details["effects"][pair.dataset].worst_groups(pair.reference)
+    }
+    return sorted(chosen)
+
+
+def _swapped(study: JointBootstrap, name: str, asked: Asked) -> Found:
+    """A gap's mean over pairs, decided by its interval and by swapping predictions."""
+    claim, pairs = asked.claim, asked.pairs
+    observed_P, replicates_BP, permuted_BP = study.gap_changes(pairs, claim.metric, name)
+    defined = ~np.isnan(observed_P)
+    if not defined.any():
+        raise Untestable(undefined(claim.metric, study, pairs))
+    asked.n_undefined = int((~defined).sum())
+    pairs, observed_P = pairs[defined].reset_index(drop=True), observed_P[defined]
+    asked.pairs = pairs
+    replicates_BP, weights_P = replicates_BP[:, defined], equal_weights(pairs)
+    null_B = nan_mean(permuted_BP[:, defined], weights_P)
+    found = _decide(study, claim, float(observed_P @ weights_P), nan_mean(replicates_BP, weights_P), pairs)
+    p_lower, p_upper = _share_at_least(-null_B, -found.effect), _share_at_least(null_B, found.effect)
+    _agree(study, claim, found, p_lower, p_upper, min(1.0, 2 * min(p_lower, p_upper)))
+    found.parts = _parts(pairs, observed_P, replicates_BP, found.level)
+    p = f", paired permutation p = {p_text(min(found.p_for, found.p_against))}"
+    found.sentence = f"{lead(claim, pairs, found.effect)} {_interval(asked, found, p)}"
+    return found
+
+
+def _by_model_size(study: JointBootstrap, name: str, asked: Asked) -> Found:
+    """The slope of the models' effects on log2 of their FP32 size."""
+    claim, pairs, size = asked.claim, asked.pairs, asked.details["size"]
+    of_model_PM = np.stack([equal_weights(pairs, pairs["model"] == model) for model in size.index], axis=1)
+    effect_M, effect_BM = asked.ticket.observed_C @ of_model_PM, asked.ticket.replicates_BC @ of_model_PM
+    x_M = np.log2(size.to_numpy())
+    found = _decide(study, claim, float(effect_M @ _slope_weights(x_M)), effect_BM @ _slope_weights(x_M), pairs)
+    null = np.array([effect_M @ _slope_weights(x) for x in _permutations(x_M, name)])
+    p = _agree_by_permutation(study, claim, found, null)
+    found.parts = [
+        {
+            "label": f"{model_label(model)} ({mb:.3g} MB)",
+            "effect": float(effect_M[m]),
+            **interval_ends(effect_BM[:, m], found.level),
+        }
+        for m, (model, mb) in enumerate(size.items())
+    ]
+    found.sentence = (
+        f"Over {count(len(size), 'model')} from {size.min():.3g} to {size.max():.3g} MB, the {noun(claim)} at "
+        f"{cells_of(pairs, claim)} changes by {points(found.effect)} points per doubling of the FP32 size "
+        f"{_interval(asked, found, ' over images' + p)}"
+    )
+    return found
+
+
+def _by_group_size(study: JointBootstrap, name: str, asked: Asked) -> Found:
+    """The mean over data sets of the slope of the groups' effects on -log2 of their share."""
+    claim, usable, level = asked.claim, asked.details["usable"], _level(study, asked.claim)
+    slopes, slopes_B, nulls, parts, first = [], [], [], [], 0
+    for dataset, groups, n_G in usable:
+        test_set = study.test_sets[dataset]
+        at = slice(first, first + len(groups))
+        first += len(groups)
+        effect_G, effect_BG = asked.ticket.observed_C[at], asked.ticket.replicates_BC[:, at]
+        x_G = -np.log2(n_G / test_set.n)
+        slopes.append(effect_G @ _slope_weights(x_G))
+        slopes_B.append(effect_BG @ _slope_weights(x_G))
+        nulls.append([effect_G @ _slope_weights(x) for x in _permutations(x_G, name, dataset)])
+        prefix = f"{dataset}: " if len(usable) > 1 else ""
         parts += [
             {
-                "label": f"{prefix}{test_set.intersection_names[g]} (n = {size})",
-                "effect": float(loss_G[i]),
-                **interval_ends(loss_BG[:, i], study.level),
+                "label": f"{prefix}{test_set.intersection_names[g]} (n = {n})",
+                "effect": float(effect_G[i]),
+                **interval_ends(effect_BG[:, i], level),
             }
-            for i, (g, size) in enumerate(zip(groups, size_G, strict=True))
+            for i, (g, n) in enumerate(zip(groups, n_G, strict=True))
         ]
-    effect, values_B = float(np.mean(slopes)), np.mean(slopes_B, axis=0)
-    low, high = percentile_interval(values_B, study.level)
+    found = _decide(study, claim, float(np.mean(slopes)), np.mean(slopes_B, axis=0), asked.pairs)
     null = np.array(nulls[0])
     if len(nulls) > 1:  # data sets are permuted independently of each other
-        generator = np.random.default_rng(seed_for("analysis", "smaller_groups", "combine"))
+        generator = np.random.default_rng(seed_for("analysis", name, "combine"))
         null = np.mean([generator.choice(values, MAX_PERMUTATIONS) for values in nulls], axis=0)
-    verdict, p = _with_permutation(_sign_verdict(low, high, +1), effect, null, study.level)
+    p = _agree_by_permutation(study, claim, found, null)
+    found.parts = parts
+    found.sentence = (
+        f"Over {count(len(parts), 'group')} and {count(asked.pairs['model'].nunique(), 'model')}, the {noun(claim)} at "
+        f"{cells_of(asked.pairs, claim)} changes by {points(found.effect)} points per halving of the group's size "
+        f"{_interval(asked, found, ' over images' + p)}"
+    )
+    if asked.details["left_out"]:
+        found.sentence += f" Left out: {'; '.join(asked.details['left_out'])}."
+    return found
+
+
+def _by_architecture(study: JointBootstrap, name: str, asked: Asked) -> Found:
+    """Mean correlation, over pairs of trainings, of the models' effects; permuted: which model is which in a training.
+
+    1: the models lose in the same proportions whatever the seed; 0: what one training of an architecture loses says
+    nothing about another.
+    """
+    claim, pairs, level = asked.claim, asked.pairs, _level(study, asked.claim)
+    blocks, models = asked.details["blocks"], asked.details["models"]
+    weights_PKM = np.stack(
+        [
+            np.stack([_mean_weights(pairs, model=model, dataset=d, seed=seed) for model in models], axis=-1)
+            for d, seed in blocks
+        ],
+        axis=1,
+    )
+    effect_KM = np.einsum("p,pkm->km", asked.ticket.observed_C, weights_PKM)
+    effect_BKM = np.einsum("bp,pkm->bkm", asked.ticket.replicates_BC, weights_PKM, optimize=True)
+    if np.isnan(_mean_correlation(effect_KM)):
+        raise Untestable("in a training all models lose the same")
+    found = _decide(study, claim, float(_mean_correlation(effect_KM)), _mean_correlation(effect_BKM), pairs)
+    p = _agree_by_permutation(study, claim, found, _mean_correlation(_permuted_blocks(effect_KM, name)))
+    found.parts = [
+        {
+            "label": model_label(model),
+            "effect": float(effect_KM[:, m].mean()),
+            **interval_ends(effect_BKM[:, :, m].mean(axis=1), level),
+        }
+        for m, model in enumerate(models)
+    ]
+    found.sentence = (
+        f"Between {count(len(blocks), 'training')} of {count(len(models), 'model')}, the {noun(claim)} at "
+        f"{cells_of(pairs, claim)} correlates by {points(found.effect)} {_interval(asked, found, ' over images' + p)}"
+    )
+    return found
+
+
+def _seconds(asked: Asked) -> Found:
+    claim, pairs = asked.claim, asked.pairs
+    ratio = float(np.exp(np.log(pairs["seconds_ratio"]).mean()))
+    is_claimed = (claim.above is None or ratio > claim.above) and (claim.below is None or ratio < claim.below)
+    bounds = [f"more than {claim.above:g}"] if claim.above is not None else []
+    bounds += [f"less than {claim.below:g}"] if claim.below is not None else []
     sentence = (
-        f"Over {_count(len(parts), 'group')} and {_count(pairs['model'].nunique(), 'model')}, the accuracy lost at "
-        f"{pairs['setting'].iloc[0]} changes by {_points(effect)} points per halving of the group's size "
-        f"({_ci(low, high, study.level)} over images; permutation over groups p = {_p(p)}){_zero(low, high)}."
+        f"In {count(len(pairs), 'pair')} it takes {'' if is_claimed else 'not '}{and_list(bounds)} times the "
+        f"seconds of {describe_reference(claim)} (geometric mean; costs.csv has them)."
     )
-    if reasons:
-        sentence += f" Left out: {'; '.join(reasons)}."
-    return _decided(
-        answer,
-        verdict,
-        effect,
-        low,
-        high,
-        study.level,
-        p,
-        "permutation of sizes over groups, and bootstrap over images",
-        pairs,
-        study,
-        sentence,
-        parts,
-    )
+    return Found("supported" if is_claimed else "contradicted", pairs, sentence)
+
+
+def _interval(asked: Asked, found: Found, more: str = "", then: str = "") -> str:
+    """The end of a sentence: the interval, the bound that it includes, and the pairs that do not count."""
+    told = interval_text(found.low, found.high, found.level) + more
+    includes = bound_inside(asked.claim, found.low, found.high)
+    return f"({told}){includes}{then}.{left_out(asked.n_collapsed, asked.n_undefined)}"
 
 
 # ------------------------------------------------------------------------------------------------------------ decisions
+
+
+def _decide(study: JointBootstrap, claim: Claim, effect: float, values_B: np.ndarray, pairs: pd.DataFrame) -> Found:
+    """What the interval alone says; the two p-values are those of its two one-sided tests."""
+    level = _level(study, claim)
+    low, high = percentile_interval(values_B, level)
+    above = -math.inf if claim.above is None else claim.above
+    below = math.inf if claim.below is None else claim.below
+    verdict = "supported" if above < low and high < below else "inconclusive"
+    if high < above or low > below:
+        verdict = "contradicted"
+    p_below_above = _share_at_least(-values_B, -above)  # of values at or under the lower bound
+    p_above_below = _share_at_least(values_B, below)
+    p_for = max(p for p, bound in ((p_below_above, above), (p_above_below, below)) if math.isfinite(bound))
+    inside = [_share_at_least(values_B, above) if math.isfinite(above) else 1.0]
+    inside += [_share_at_least(-values_B, -below) if math.isfinite(below) else 1.0]
+    p_against = min(inside)
+    if not (math.isfinite(above) and math.isfinite(below)):  # the interval of one bound is two-sided
+        p_for, p_against = min(1.0, 2 * p_for), min(1.0, 2 * p_against)
+    return Found(verdict, pairs, "", "", effect, low, high, level, p_for, p_against)
+
+
+def _agree(study: JointBootstrap, claim: Claim, found: Found, p_lower: float, p_upper: float, p: float) -> None:
+    """Keep the verdict only if the one-sided permutation test on its side agrees; p becomes the permutation's."""
+    side = p_upper if found.effect >= 0 else p_lower
+    if side > _alpha(study, claim) + 1e-12:
+        found.verdict = "inconclusive"
+    above = -math.inf if claim.above is None else claim.above
+    is_as_claimed = above < found.effect < (math.inf if claim.below is None else claim.below)
+    found.p_for, found.p_against = (p, 1.0) if is_as_claimed else (1.0, p)
+
+
+def _agree_by_permutation(study: JointBootstrap, claim: Claim, found: Found, null: np.ndarray) -> str:
+    """The same for a permutation of models, groups or trainings; what the sentence says of it."""
+    if not claim.is_permuted:
+        return ""
+    p_lower, p_upper = np.mean(null <= found.effect + 1e-12), np.mean(null >= found.effect - 1e-12)
+    p = min(1.0, float(np.mean(np.abs(null) >= abs(found.effect) - 1e-12)))
+    _agree(study, claim, found, float(p_lower), float(p_upper), p)
+    over = {"model_size": "models", "group_size": "groups", "architecture": "models in each training"}[claim.by]
+    return f"; permutation over {over} p = {p_text(p)}"
+
+
+def _row(study: JointBootstrap, hypothesis: Hypothesis, found: list[Found]) -> dict:
+    """A hypothesis from its claims; effect, interval and parts are those of the first."""
+    first = found[0]
+    untested = next((each for each in found if each.verdict == "not tested"), None)
+    verdicts = [each.verdict for each in found]
+    if first.verdict == "not tested" or (untested is not None and "contradicted" not in verdicts):
+        verdict = "not tested"
+    elif "contradicted" in verdicts:
+        verdict = "contradicted"
+    else:
+        verdict = "supported" if set(verdicts) == {"supported"} else "inconclusive"
+    with_p = [each for each in found if not math.isnan(each.p_for)]
+    p = math.nan
+    if verdict != "not tested" and with_p:
+        is_claimed = all(each.p_for <= each.p_against for each in with_p)
+        p = max(each.p_for for each in with_p)
+        if not is_claimed:
+            p = min(1.0, len(with_p) * min(each.p_against for each in with_p))
+    reason = "" if untested is None else untested.reason
+    pairs = first.pairs
+    if verdict == "not tested":
+        first, pairs, sentence = Found("not tested", pd.DataFrame()), None, f"Not tested: {reason}."
+    else:
+        sentence = " ".join(
+            f"Not tested in it: {each.reason}." if each.verdict == "not tested" else each.sentence for each in found
+        )
+    claim = hypothesis
+    return {
+        "id": hypothesis.id,
+        "statement": hypothesis.statement,
+        "verdict": verdict,
+        "effect": first.effect,
+        "ci_low": first.low,
+        "ci_high": first.high,
+        "ci_level": first.level,
+        "threshold_low": claim.below if claim.above is None else claim.above,
+        "threshold_high": claim.above if claim.below is None else claim.below,
+        "p": p,
+        "p_holm": math.nan,
+        "test": test_name(claim) if verdict != "not tested" else "",
+        "unit": unit(claim),
+        "n_images": 0 if pairs is None else sum(study.test_sets[name].n for name in pairs["dataset"].unique()),
+        "n_models": 0 if pairs is None else int(pairs["model"].nunique()),
+        "n_seeds": 0 if pairs is None else int(pairs["seed"].nunique()),
+        "n_comparisons": 0 if pairs is None else len(pairs),
+        "sentence": sentence,
+        "rule": "; and ".join(rule(each, _level(study, each)) for each in hypothesis.claims),
+        "reason": reason,
+        "parts": first.parts,
+        "config": hypothesis.model_dump(mode="json"),
+    }
+
+
+def _corrected(table: pd.DataFrame, level: float) -> pd.DataFrame:
+    """With p_holm, and the decisions that do not survive it named in their sentences."""
+    tested = table.index[table["p"].notna()]
+    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].to_numpy(dtype=float))
+    for i in tested:
+        if table.loc[i, "verdict"] in ("supported", "contradicted") and table.loc[i, "p_holm"] > 1 - level + 1e-12:
+            table.loc[i, "sentence"] += (
+                f" Corrected for {len(tested)} hypotheses (Holm), p = {p_text(table.loc[i, 'p_holm'])}: that much can "
+                "be chance among so many."
+            )
+    return table
 
 
 def _share_at_least(values_B: np.ndarray, bound: float) -> float:
@@ -426,6 +619,36 @@ def _slope_weights(x: np.ndarray) -> np.ndarray:
     """Weights w with w @ y = the least-squares slope of y on x."""
     centred = x - x.mean()
     return centred / np.sum(centred**2)
+
+
+def _mean_weights(pairs: pd.DataFrame, **where) -> np.ndarray:
+    is_in = np.logical_and.reduce([pairs[name].to_numpy() == value for name, value in where.items()])
+    return is_in / is_in.sum()
+
+
+def _mean_correlation(effect_KM: np.ndarray) -> np.ndarray:
+    """Mean over the pairs of blocks of Pearson's correlation over models: (..., K, M) -> (...); NaN without spread."""
+    centred = effect_KM - effect_KM.mean(axis=-1, keepdims=True)
+    norm = np.sqrt(np.sum(centred**2, axis=-1, keepdims=True))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unit = np.where(norm > 1e-9, centred / norm, np.nan)
+    k = effect_KM.shape[-2]
+    return (np.sum(np.sum(unit, axis=-2) ** 2, axis=-1) - k) / (k * (k - 1))
+
+
+def _permuted_blocks(effect_KM: np.ndarray, name: str) -> np.ndarray:
+    """(R, K, M): the models of every block but the first in other orders, all of them where they are few."""
+    k, m = effect_KM.shape
+    if math.factorial(m) ** (k - 1) <= MAX_PERMUTATIONS:
+        orders = np.array(list(itertools.permutations(range(m))))
+        chosen = np.array(list(itertools.product(range(len(orders)), repeat=k - 1)))
+        order_RKM = orders[chosen]
+    else:
+        generator = np.random.default_rng(seed_for("analysis", "permutations", name))
+        order_RKM = generator.permuted(np.tile(np.arange(m), (MAX_PERMUTATIONS, k - 1, 1)), axis=-1)
+        order_RKM[0] = np.arange(m)
+    moved = np.take_along_axis(np.broadcast_to(effect_KM[1:], (len(order_RKM), k - 1, m)), order_RKM, axis=-1)
+    return np.concatenate([np.broadcast_to(effect_KM[:1], (len(moved), 1, m)), moved], axis=1)
 
 
 def _permutations(x: np.ndarray, *names: str) -> np.ndarray:
@@ -441,119 +664,18 @@ def _fewest(level: float) -> int:
     return next(k for k in range(2, 20) if 1 / math.factorial(k) <= 1 - level + 1e-12)
 
 
-def _sign_verdict(low: float, high: float, sign: int) -> str:
-    """Whether an interval lies on the side of 0 that the hypothesis names (sign +1: above)."""
-    if low > 0:
-        return "supported" if sign > 0 else "contradicted"
-    if high < 0:
-        return "supported" if sign < 0 else "contradicted"
-    return "inconclusive"
-
-
-def _with_permutation(verdict: str, effect: float, null: np.ndarray, level: float) -> tuple[str, float]:
-    """The verdict if the one-sided permutation test in the direction of the effect agrees; and the two-sided p."""
-    tail = np.mean(null >= effect - 1e-12) if effect >= 0 else np.mean(null <= effect + 1e-12)
-    two_sided = min(1.0, float(np.mean(np.abs(null) >= abs(effect) - 1e-12)))
-    return (verdict if tail <= 1 - level + 1e-12 else "inconclusive"), two_sided
-
-
-def _parts_by_model(study: JointBootstrap, pairs: pd.DataFrame, observed_P, replicates_BP, level: float) -> list[dict]:
-    parts = []
+def _parts(pairs: pd.DataFrame, observed_P, replicates_BP, level: float) -> list[dict]:
+    """Effect and interval of each model, or, where there are several, of each width."""
+    by_width = pairs["width"].nunique() > 1
     several = pairs["dataset"].nunique() > 1
-    for (dataset, model), block in pairs.groupby(["dataset", "model"], sort=False):
-        at = block.index.to_numpy()
-        parts.append(
-            {
-                "label": model_label(model) + (f", {dataset}" if several else ""),
-                "effect": float(observed_P[at].mean()),
-                **interval_ends(replicates_BP[:, at].mean(axis=1), level),
-            }
-        )
+    keys = ["width"] if by_width else ["dataset", "model"]
+    blocks = list(pairs.groupby(keys, sort=False))
+    if by_width:
+        blocks.sort(key=lambda item: item[1]["setting_order"].min())
+    parts = []
+    for key, block in blocks:
+        at, weights = block.index.to_numpy(), equal_weights(block)
+        label = key[0] if by_width else model_label(key[1]) + (f", {key[0]}" if several else "")
+        values_B = nan_mean(replicates_BP[:, at], weights)
+        parts.append({"label": label, "effect": float(observed_P[at] @ weights), **interval_ends(values_B, level)})
     return parts
-
-
-# ------------------------------------------------------------------------------------------------------------ sentences
-
-
-def _blank(name: str, statement: str, rule: str, unit: str, threshold: tuple[float, float]) -> dict:
-    low, high = threshold
-    return {
-        "id": name,
-        "statement": statement,
-        "rule": rule,
-        "unit": unit,
-        "threshold_low": low,
-        "threshold_high": high,
-        "effect": math.nan,
-        "ci_low": math.nan,
-        "ci_high": math.nan,
-        "ci_level": math.nan,
-        "p": math.nan,
-        "test": "",
-        "n_images": 0,
-        "n_models": 0,
-        "n_comparisons": 0,
-        "sentence": "",
-        "reason": "",
-        "parts": [],
-    }
-
-
-def _not_tested(answer: dict, reason: str) -> dict:
-    return {**answer, "verdict": "not tested", "reason": reason, "sentence": f"Not tested: {reason}."}
-
-
-def _decided(
-    answer: dict,
-    verdict: str,
-    effect: float,
-    low: float,
-    high: float,
-    level: float,
-    p: float,
-    test: str,
-    pairs: pd.DataFrame,
-    study: JointBootstrap,
-    sentence: str,
-    parts: list[dict],
-) -> dict:
-    return {
-        **answer,
-        "verdict": verdict,
-        "effect": effect,
-        "ci_low": low,
-        "ci_high": high,
-        "ci_level": level,
-        "p": p,
-        "test": test,
-        "n_images": sum(study.test_sets[name].n for name in pairs["dataset"].unique()),
-        "n_models": int(pairs["model"].nunique()),
-        "n_comparisons": len(pairs),
-        "sentence": sentence,
-        "parts": parts,
-    }
-
-
-def _points(value: float) -> str:
-    return f"{value:+.2f}"
-
-
-def _ci(low: float, high: float, level: float) -> str:
-    return f"{level * 100:.4g} % interval {low:+.2f} to {high:+.2f}"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _zero(low: float, high: float) -> str:
-    return "; the interval includes zero" if low <= 0 <= high else ""
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" + ("" if n == 1 else "s")
-
-
-def _and(names: Sequence[str]) -> str:
-    names = [str(name) for name in names]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "none"

@@ -100,13 +100,30 @@ class JointBootstrap:
         with np.errstate(invalid="ignore"):
             return 100 * sums_PG / n_G, 100 * sums_BPG / n_G
 
+    def sums(self, dataset: str, values_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sum of each column over the images of a data set: observed (C,) and, resampled, (B, C).
+
+        The intersectional groups keep their sizes. Any effect whose value for each image is known, such as a group's
+        rate (to first order), is such a sum, so that all questions about a data set are one product of matrices.
+        """
+        test_set = self.test_sets[dataset]
+        observed_C = values_NC.sum(axis=0, dtype=np.float64)
+        centred_NC = (values_NC - observed_C / test_set.n).astype(np.float32)  # what float32 rounds is the deviation
+        replicates_BC = np.empty((self.replicates, values_NC.shape[1]))
+        generator = np.random.default_rng(seed_for("analysis", "bootstrap", "sums", dataset))
+        for part in _chunks(self.replicates, test_set.n):
+            weights_BN = _stratified_weights(test_set.intersection_N, part.stop - part.start, generator)
+            replicates_BC[part] = weights_BN @ centred_NC
+        replicates_BC += observed_C
+        return observed_C, replicates_BC
+
     def worst_group_excess(self, pairs: pd.DataFrame, purpose: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Loss of the FP32 model's worst group minus loss of all, cross-fitted: (P,), (B, P), and the groups chosen."""
         observed_P, replicates_BP = np.zeros(len(pairs)), np.zeros((self.replicates, len(pairs)))
         chosen: list[str] = []
         for name, block in pairs.groupby("dataset", sort=False):
             test_set = self.test_sets[name]
-            half_N = _halves(test_set)
+            half_N = halves(test_set)
             n_groups = len(test_set.group_names)
             codes_N = test_set.group_N + n_groups * half_N
             n_HG = np.bincount(codes_N, minlength=2 * n_groups).reshape(2, n_groups).astype(float)
@@ -223,7 +240,7 @@ def _chunks(total: int, width: int, budget: int = 8_000_000) -> Iterator[slice]:
         yield slice(start, min(total, start + step))
 
 
-def _halves(test_set: TestSet) -> np.ndarray:
+def halves(test_set: TestSet) -> np.ndarray:
     """0 or 1 for each image: a random half of every (group, label), the same whatever cells there are."""
     generator = np.random.default_rng(seed_for("analysis", "halves", test_set.dataset))
     half_N = np.zeros(test_set.n, dtype=np.int64)

@@ -16,6 +16,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import hypotheses
+import literature
+import rankings
 import report
 import visualizations
 from config import Config
@@ -81,8 +83,13 @@ def analyse(
 
     tell("hypotheses")
     changes = hypotheses.accuracy_changes(done, test_sets, replicates, level)
-    verdicts = hypotheses.evaluate(done, test_sets, replicates, level)
+    verdicts = hypotheses.evaluate(done, test_sets, config.analysis.hypotheses, replicates, level)
     write_json(store.analysis / "hypotheses.json", verdicts.to_dict("records"))
+    costs = hypotheses.costs(done, test_sets, config.analysis.hypotheses)
+    write_text(store.analysis / "costs.csv", costs.to_csv(index=False))
+    resilience, retention = rankings.measure(done, test_sets, replicates, level)
+    write_text(store.analysis / "resilience.csv", resilience.to_csv(index=False))
+    write_text(store.analysis / "fairness_retention.csv", retention.to_csv(index=False))
 
     tell("figures")
     all_groups = groups
@@ -118,6 +125,19 @@ def analyse(
         report.TableSection("best", "Best setting at each width", report.BEST_NOTE, report.best_table(best, level)),
         report.TableSection("repairs", "Repairs", report.REPAIR_NOTE, timeless),
         report.TableSection("deployed", "Deployed", report.DEPLOYED_NOTE, deployed),
+        report.TableSection(
+            "resilience",
+            "Resilience of the architectures",
+            rankings.RESILIENCE_NOTE,
+            rankings.resilience_table(resilience, level),
+        ),
+        report.TableSection(
+            "retention",
+            "Fairness kept for the bytes",
+            rankings.RETENTION_NOTE,
+            rankings.retention_table(retention, level),
+        ),
+        report.TableSection("literature", literature.TITLE, literature.NOTE, literature.literature_table(verdicts)),
     ]
     sections = [section for section in sections if len(section.table)]
     tables = {
@@ -467,7 +487,7 @@ def _hypotheses_table(verdicts: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "hypothesis": verdicts["statement"],
-            "effect (points)": [report.number(value, 2, sign=True) for value in verdicts["effect"]],
+            "effect": [report.number(value, 2, sign=True) for value in verdicts["effect"]],
             "interval": [
                 report.MISSING
                 if pd.isna(row.ci_low)
@@ -475,6 +495,8 @@ def _hypotheses_table(verdicts: pd.DataFrame) -> pd.DataFrame:
                 for row in verdicts.itertuples()
             ],
             "p": [report.number(value, 3) for value in verdicts["p"]],
+            "p (Holm)": [report.number(value, 3) for value in verdicts["p_holm"]],
+            "unit": verdicts["unit"],
             "n": [str(n) for n in verdicts["n_images"]],
             "verdict": verdicts["verdict"],
         }

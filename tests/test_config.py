@@ -278,6 +278,68 @@ REFUSALS = [  # (YAML, the message after the file's name)
     ("deployment: {engines: []}", "deployment.engines: list should have at least 1 item"),
     ("deployment: {provider: cud}", "deployment.provider: unknown value 'cud' (did you mean cuda?)"),
     ("deployment: {float_precision: bf15}", "deployment.float_precision: unknown value 'bf15' (did you mean bf16?)"),
+    (
+        "analysis: {hypotheses: [H1]}",
+        "analysis.hypotheses[0]: unknown hypothesis 'H1'; choose from default, H1-larger-models, H2-qat-gain",
+    ),
+    ("analysis: {hypotheses: [H5-int]}", "analysis.hypotheses[0]: unknown hypothesis 'H5-int' (did you mean H5-int8?)"),
+    ("analysis: {hypotheses: [default, H5-int8]}", "analysis.hypotheses: 'H5-int8' is there twice"),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: acuracy, cells: {bits: 4}, above: 0}]}",
+        "analysis.hypotheses[0].metric: unknown value 'acuracy' (did you mean accuracy?)",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a b, statement: b, metric: accuracy, cells: {bits: 4}, above: 0}]}",
+        "analysis.hypotheses[0].id: string should match pattern",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy, cells: {bit: 4}, above: 0}]}",
+        "analysis.hypotheses[0].cells.bit: unknown key (did you mean bits?)",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy, cells: {bits: 9}, above: 0}]}",
+        "analysis.hypotheses[0].cells.bits: bit width 9: expected 2 to 8 or a string such as W4A8",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy, cells: {strategy: distill}, above: 0}]}",
+        "analysis.hypotheses[0].cells.strategy[0]: unknown value 'distill' (did you mean distillation?)",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy, cells: {model: resnet5}, above: 0}]}",
+        "analysis.hypotheses[0]: a: 'resnet5' is none of the models (did you mean resnet50?)",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy, cells: {}, against: {methd: qat}, above: 0}]}",
+        "analysis.hypotheses[0].against.methd: unknown key (did you mean method?)",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy, cells: {}, against: fp16, above: 0}]}",
+        "analysis.hypotheses[0].against: unknown value 'fp16'; choose from fp32, plain, or cells such as",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy, cells: {}}]}",
+        "analysis.hypotheses[0]: give above, below or both: the bounds between which the effect shall lie",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy, cells: {}, above: 1, below: 1}]}",
+        "analysis.hypotheses[0]: above = 1 must be less than below = 1",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy, cells: {}, above: 0, test: permutation}]}",
+        "analysis.hypotheses[0]: test permutation needs `by`, or a gap between groups with 0 as its only bound;",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: predictive_parity_difference, cells: {}, below: 1}]}",
+        "analysis.hypotheses[0]: metric predictive_parity_difference can only be tested by permutation, with 0 as its",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: accuracy_gap, cells: {}, by: group_size, below: 0}]}",
+        "analysis.hypotheses[0]: by group_size needs metric accuracy or accuracy_loss, not accuracy_gap",
+    ),
+    (
+        "analysis: {hypotheses: [{id: a, statement: b, metric: seconds_ratio, cells: {}, against: plain, above: 2}]}",
+        "analysis.hypotheses[0]: metric seconds_ratio stands in `also` only: times are not the same twice",
+    ),
     ("training:", "training: input should be a valid dictionary"),
     ("1: 2", "[1]: keys should be strings"),
 ]
@@ -486,3 +548,14 @@ def test_schemes_that_a_backend_has_are_not(tmp_path):
 def test_deployment_may_be_of_no_cell_or_of_any(tmp_path):
     deployment = load(tmp_path, 'deployment: {cells: [], export: ["*", "*:*", "*:*:*", "vit*:q?t:W[48]A8"]}').deployment
     assert deployment.cells == [] and len(deployment.export) == 4
+
+
+def test_hypotheses_are_named_written_or_both(tmp_path):
+    every = Config().analysis.hypotheses
+    mine = "{id: mine, statement: s, metric: accuracy, cells: {bits: W4A8}, against: {method: qat}, above: 0}"
+    assert load(tmp_path, f"analysis: {{hypotheses: [default, {mine}]}}").analysis.hypotheses[:-1] == every
+    named = load(tmp_path, f"analysis: {{hypotheses: [{mine}, H5-int8]}}")
+    assert [hypothesis.id for hypothesis in named.analysis.hypotheses] == ["mine", "H5-int8"]
+    assert named.analysis.hypotheses[0].against.method == ["qat"]
+    assert load(tmp_path, dump_config(named)) == named
+    assert load(tmp_path, "analysis: {hypotheses: []}").analysis.hypotheses == []

@@ -125,6 +125,8 @@ def tables(results: Path) -> dict[str, str]:
     for path in sorted((results / "analysis").rglob("*")):
         if path.suffix in (".csv", ".json", ".md", ".png"):
             texts[f"analysis/{path.name}"] = str(hash(path.read_bytes()))
+        if path.name == "costs.csv":  # seconds
+            texts["analysis/costs.csv"] = pd.read_csv(path)[["hypothesis", "cell", "reference"]].to_csv(index=False)
         if path.name == "repairs.csv":
             texts["analysis/repairs.csv"] = (
                 pd.read_csv(path, dtype=str).drop(columns=["calibration s", "training s"]).to_csv(index=False)
