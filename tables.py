@@ -7,6 +7,7 @@ values stand in bold is told apart from them, by place.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,12 @@ import pandas as pd
 
 MISSING = "–"  # how a missing value is shown
 LONG = 40  # rows from which on a LaTeX table may break over pages
-LATEX_NEEDS = r"% In the preamble: \usepackage[T1]{fontenc} \usepackage{booktabs,graphicx,longtable}"
+LATEX_NEEDS = r"% In the preamble: \usepackage[T1]{fontenc} \usepackage{booktabs,graphicx,longtable,pdflscape}"
+LATEX_SIZES = ((r"\small", 4.6), (r"\scriptsize", 3.7), (r"\tiny", 2.9))  # and points that a character takes, about
+UPRIGHT, TURNED = (
+    345,
+    550,
+)  # points of a line of the class article on A4 and letter, and of one on a page turned sideways
 LATEX_SPECIALS = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -112,24 +118,32 @@ def to_markdown(table: pd.DataFrame, bold: Places = ()) -> str:
 
 
 def to_latex(table: pd.DataFrame, caption: str = "", label: str = "", bold: Places = ()) -> str:
-    """A booktabs table as wide as the column at most; from `LONG` rows on a longtable in small print. All escaped."""
-    columns = "".join("r" if is_numeric else "l" for is_numeric in numeric_columns(table))
-    head = " & ".join(latex_escape(name) for name in table.columns) + r" \\"
+    """A booktabs table that fits the page, all escaped: a table float, or from `LONG` rows on a longtable.
+
+    One that is too wide for the column is set in smaller print and, where that does not do, on pages turned sideways.
+    """
+    columns = "".join("r" if is_numeric else "l" for is_numeric in numeric_columns(table)) or "l"
+    heads, widths = _latex_heads(table, columns)
+    head = " & ".join(heads) + r" \\"
     body = [" & ".join(cells) + r" \\" for cells in _cells(table, bold, latex_escape, r"\textbf{{{}}}")]
     title = [rf"\caption{{{latex_escape(caption)}}}"] if caption else []
     title += [rf"\label{{{re.sub(r'[^A-Za-z0-9:.-]', '-', label)}}}"] if label else []
+    upright = [size for size, points in LATEX_SIZES[:-1] if _latex_width(widths, points) <= UPRIGHT]
+    turned = [size for size, points in LATEX_SIZES if _latex_width(widths, points) <= TURNED]
+    size = (upright or turned or [LATEX_SIZES[-1][0]])[0]
     if len(table) >= LONG:
-        lines = [r"{\scriptsize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{columns}}}"]
-        lines += [*title, r"\\"] if title else []
+        lines = [rf"{{{size}\setlength{{\tabcolsep}}{{3pt}}\setlength{{\LTcapwidth}}{{\linewidth}}"]
+        lines += [rf"\begin{{longtable}}{{{columns}}}"]
+        lines += [*title, r"\\", r"\toprule", head, r"\midrule", r"\endfirsthead"] if title else []
         lines += [r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule", r"\endfoot", *body]
         lines += [r"\end{longtable}}"]
     else:
-        lines = [r"\begin{table}", r"\centering", *title]
-        lines += [
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{columns}}}",
-        ]
+        lines = [r"\begin{table}", r"\centering", *title, rf"{size}\setlength{{\tabcolsep}}{{3pt}}"]
+        lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
+        lines += [rf"\begin{{tabular}}{{{columns}}}"]
         lines += [r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
+    if not upright:
+        lines = [r"\begin{landscape}", *lines, r"\end{landscape}"]
     return "\n".join([LATEX_NEEDS, *lines]) + "\n"
 
 
@@ -157,6 +171,28 @@ def _cells(table: pd.DataFrame, bold: Places, escape, form: str):
             form.format(escape(value)) if (position, name) in bold else escape(value)
             for name, value in zip(names, values, strict=True)
         ]
+
+
+def _latex_heads(table: pd.DataFrame, columns: str) -> tuple[list[str], list[int]]:
+    """The names of the columns, broken into lines no wider than what is below them (or than their longest word); and
+    each column's width in characters."""
+    heads, widths = [], []
+    for position, name in enumerate(map(one_line, table.columns)):
+        width = max(
+            [len(one_line(value)) for value in table.iloc[:, position]] + list(map(len, name.split())), default=0
+        )
+        lines = textwrap.wrap(name, max(width, 1), break_long_words=False, break_on_hyphens=False) or [""]
+        escaped = [latex_escape(line) for line in lines]
+        heads.append(
+            escaped[0] if len(lines) == 1 else rf"\shortstack[{columns[position]}]{{" + r"\\".join(escaped) + "}"
+        )
+        widths.append(width)
+    return heads, widths
+
+
+def _latex_width(widths: list[int], points: float) -> float:
+    """Points that a table of columns so many characters wide takes, with 3 points at either side of each."""
+    return sum(width * points + 6 for width in widths)
 
 
 def _latex_character(character: str) -> str:

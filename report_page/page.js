@@ -376,10 +376,11 @@ function draw() {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("text"), family: "system-ui, sans-serif", size: 13 },
     margin: { l: 50, r: 10, t: 10, b: 45 },
+    uirevision: "kept",
     xaxis: { ...axis, type: "log", title: { text: ACROSS[shown.x] }, dtick: "D2", tickformat: "~g" },
     yaxis: { ...axis, title: { text: UPWARDS[shown.y][0] } },
     hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("line"), font: { color: colour("text") } },
-    legend: { orientation: "h", y: -0.22, yanchor: "top", font: { size: 12 } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, entrywidth: byId("plot").clientWidth < 600 ? 72 : 105 },
     dragmode: false,
   };
   const config = { responsive: true, displaylogo: false, displayModeBar: false };
