@@ -41,7 +41,9 @@ def test_result_table_gives_percent_intervals_and_a_dash_for_what_was_not_measur
         "ci_low": -0.02,
         "ci_high": 0.001,
     }
-    significance = pd.DataFrame([entry, {**entry, "group": "female", "ci_low": 0.5}, {**entry, "comparison": "plain"}])
+    others = [{**entry, **other, "ci_low": -0.5} for other in ({"comparison": "plain"}, {"group": "female"})]
+    others.append({**entry, "metric": "accuracy_gap", "ci_low": -0.5})
+    significance = pd.DataFrame([*others, entry])
     table = result_table(rows, significance)
     assert table["setting"].tolist() == ["FP32", "W8A8 static (mse)", "W4A4 static (mse)"]
     assert table["accuracy %"].tolist() == ["91.2 ± 1.0", "90.0 ± 2.2", "–"]
