@@ -145,7 +145,7 @@ def recommendation_sentences(configs: pd.DataFrame, bounds: Bounds) -> list[str]
 
 def _sentence(block: pd.DataFrame, bounds: Bounds) -> str:
     found = recommend(block, bounds)
-    told = [f"{bound_text(name, bound)} ({found.held[name]} hold it)" for name, bound in bounds.limits().items()]
+    told = [f"{bound_text(name, bound)} (held by {found.held[name]})" for name, bound in bounds.limits().items()]
     asked = f"Bounds: {'; '.join(told)}." if told else "No bound is set."
     reference = None if found.reference is None else block.iloc[found.reference]
     against = "There is no finished FP32 model to count losses against."
@@ -166,8 +166,8 @@ def _sentence(block: pd.DataFrame, bounds: Bounds) -> str:
     if not math.isnan(row["change"]):
         interval = with_interval(row["change"], row["ci_low"], row["ci_high"], 2)
         change = f" Against FP32 of the same model its accuracy changes by {interval} points."
-    return (
-        f"{model_label(row['model'])} at {row['setting']}: {', '.join(facts)}. It has {PREFERENCES[bounds.prefer][2]} "
-        f"of the {len(found.order)} of {found.candidates} finished configurations that hold every bound.{change} "
-        f"{asked} {against}"
-    )
+    among = f"finished configurations that hold{'s' if len(found.order) == 1 else ''} every bound"
+    why = f"It has {PREFERENCES[bounds.prefer][2]} of the {len(found.order)} of {found.candidates} {among}."
+    if len(found.order) == 1:
+        why = f"It is the only one of {found.candidates} {among}."
+    return f"{model_label(row['model'])} at {row['setting']}: {', '.join(facts)}. {why}{change} {asked} {against}"

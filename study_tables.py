@@ -25,8 +25,8 @@ BEST_NOTE = (
     "its accuracy is a little optimistic. Change: accuracy minus that of FP32, in points."
 )
 MEANS_NOTE = (
-    "Means over the seeds that finished, each seed's accuracy beside them. The intervals are over test images, given "
-    "these seeds."
+    "Means over the seeds that finished, each seed's accuracy beside them (of worst groups: the mean of each seed's "
+    "worst one). The intervals are over test images, given these seeds."
 )
 RESULTS_NOTE = "Every finished and failed cell. Change: accuracy minus that of FP32, in points."
 DEPLOYED_NOTE = (
@@ -123,7 +123,7 @@ def means_table(configs: pd.DataFrame, intervals: pd.DataFrame, rows: pd.DataFra
     table["setting"] = configs["setting"]
     table["seeds"] = [str(n) for n in configs["n_seeds"]]
     table["accuracy %"] = _accuracies(configs, configs["accuracy"], intervals)
-    table["of each seed"] = [", ".join(number(100 * accuracy[cell], 1) for cell in cells) for cells in configs["cells"]]
+    table["each seed"] = [", ".join(number(100 * accuracy[cell], 1) for cell in cells) for cells in configs["cells"]]
     table[f"change [{level * 100:.4g} % CI]"] = [
         with_interval(row.change, row.ci_low, row.ci_high, 1) for row in configs.itertuples()
     ]

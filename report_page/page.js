@@ -210,8 +210,10 @@ function answer() {
         "p",
         {},
         element("strong", { id: "ui-recommended" }, `${data.models[recommended.model]} at ${recommended.setting}`),
-        ` has ${preferred} of the ${found.order.length} of ${found.candidates} finished configurations that hold ` +
-          `every bound.`,
+        found.order.length === 1
+          ? ` is the only one of ${found.candidates} finished configurations that holds every bound.`
+          : ` has ${preferred} of the ${found.order.length} of ${found.candidates} finished configurations that hold ` +
+              `every bound.`,
       ),
       configurationTable(found.order.slice(0, 5).map((i) => among[i]), "The best five, the recommended one first"),
     );
@@ -410,7 +412,7 @@ function startPlot() {
         byId("plot").textContent = `The plot could not be drawn: ${error.message}`;
       });
     },
-    { rootMargin: "800px" },
+    { rootMargin: "300px" },
   );
   watcher.observe(byId("plot"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

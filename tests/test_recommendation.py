@@ -90,8 +90,10 @@ def test_sentences_say_what_and_why_for_each_data_set():
         "d: m at W8: accuracy 93.0 %, worst group 83.5 %, accuracy gap 9.5 points, 20.0 MB, 2.00 ms"
     )
     assert "the smallest file of the 2 of 4 finished configurations that hold every bound" in first
-    assert "accuracy at most 1 point below the most accurate FP32 model (2 hold it)" in first
-    assert second.startswith("e: m at FP32 b")
+    assert "accuracy at most 1 point below the most accurate FP32 model (held by 2)" in first
+    assert (
+        second.startswith("e: m at FP32 b") and "It is the only one of 2 finished configurations that holds" in second
+    )
 
 
 def test_every_bound_and_preference_has_words():

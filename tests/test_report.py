@@ -103,7 +103,7 @@ def test_means_over_seeds_show_each_seed_and_are_left_out_for_one_seed():
     nothing = pd.DataFrame(columns=["dataset", "model", "setting", "accuracy_ci_low", "accuracy_ci_high"])
     assert means_table(configurations(one), nothing, one, 0.95).empty
     table = means_table(configurations(two), nothing, two, 0.95)
-    assert table["seeds"].tolist() == ["2", "2"] and table["of each seed"].tolist() == ["91.2, 90.0", "90.0, 80.0"]
+    assert table["seeds"].tolist() == ["2", "2"] and table["each seed"].tolist() == ["91.2, 90.0", "90.0, 80.0"]
     assert table["accuracy %"].tolist() == ["90.6", "85.0"]
 
 
@@ -121,7 +121,7 @@ def test_summary_says_what_was_found_and_what_is_absent():
         "q4_failed",
         "q2_missing",
         "ResNet-50 at FP32: accuracy 91.2 %",
-        "accuracy at most 1 point below the most accurate FP32 model (1 hold it)",
+        "accuracy at most 1 point below the most accurate FP32 model (held by 1)",
         "packages numpy: 2.4",
         "python main.py --phase quantization",
         "old_cell",

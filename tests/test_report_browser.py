@@ -20,6 +20,7 @@ from tables import TableSection
 from visualizations import pareto_mask
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE = 120  # seconds; on an idle machine nothing takes longer than a few
 HOSTILE = [
     "</script><script>window.hacked = 1</script>", '<img src=x onerror="window.hacked = 1">',
     '"><svg onload="window.hacked = 1">', "<a href='javascript:window.hacked = 1'>x</a>", "<!--", "{{ 7 * 7 }}",
@@ -82,7 +83,7 @@ def open_page(browser):
 
     def open_it(file, **context):
         page = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context}).new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE * 1000)
         said, asked = [], []
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -107,7 +108,7 @@ def draw(page):
 
 def wait(page, condition):
     """Playwright's own waiting evaluates a string in the page, which the page's policy forbids."""
-    for _ in range(100):
+    for _ in range(PATIENCE * 20):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(50)
