@@ -382,7 +382,7 @@ function draw() {
     xaxis: { ...axis, type: "log", title: { text: ACROSS[shown.x] }, dtick: "D2", tickformat: "~g" },
     yaxis: { ...axis, title: { text: UPWARDS[shown.y][0] } },
     hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("line"), font: { color: colour("text") } },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, entrywidth: byId("plot").clientWidth < 600 ? 72 : 105 },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, entrywidth: byId("plot").clientWidth < 600 ? 88 : 105 },
     dragmode: false,
   };
   const config = { responsive: true, displaylogo: false, displayModeBar: false };
