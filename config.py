@@ -829,6 +829,19 @@ def _hypothesis_item(value):
     return known[value]
 
 
+class ReportBounds(Section):
+    """What the recommended configuration holds (recommendation.py has the rule; the report's page lets a reader change
+    them); None: no bound. Losses are against the most accurate FP32 model."""
+
+    largest_loss: NonNegativeFloat | None = 1.0  # of accuracy, in points
+    largest_worst_group_loss: NonNegativeFloat | None = 1.0  # of worst-group accuracy, in points
+    smallest_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None  # in %
+    largest_gap: NonNegativeFloat | None = None  # between the best and the worst group's accuracy, in points
+    largest_size_mb: NonNegativeFloat | None = None
+    largest_latency_ms: NonNegativeFloat | None = None  # of one image
+    prefer: Literal["size", "latency", "worst_group", "accuracy", "gap"] = "size"  # of those that hold every bound
+
+
 class Analysis(Section):
     bootstrap_replicates: Annotated[int, Field(ge=100)] = 1000
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
@@ -849,6 +862,8 @@ class Analysis(Section):
     def _no_twins_by_id(cls, value):
         _distinct([hypothesis.id for hypothesis in value])
         return value
+
+    bounds: ReportBounds = ReportBounds()
 
 
 class Deployment(Section):

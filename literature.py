@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-import report
+import tables
 
 TITLE = "Beside the literature"
 NOTE = (
@@ -173,7 +173,7 @@ def literature_table(verdicts: pd.DataFrame) -> pd.DataFrame:
     for finding in FINDINGS:
         line = {"finding": finding.finding, "studied": finding.studied, "source": finding.citation}
         if finding.hypothesis not in ours.index:
-            lines.append({**line, "our question": report.MISSING, "ours": "not asked", **_blank()})
+            lines.append({**line, "our question": tables.MISSING, "ours": "not asked", **_blank()})
             continue
         row = ours.loc[finding.hypothesis]
         line |= {"our question": row["statement"], "ours": row["verdict"], **_blank()}
@@ -182,12 +182,12 @@ def literature_table(verdicts: pd.DataFrame) -> pd.DataFrame:
         elif row["verdict"] == "inconclusive":
             line["beside it"] = "undecided"
         if pd.notna(row["effect"]):
-            low, high = (report.number(row[name], 2, sign=True) for name in ("ci_low", "ci_high"))
-            line["effect [interval]"] = f"{report.number(row['effect'], 2, sign=True)} [{low}, {high}]"
+            low, high = (tables.number(row[name], 2, sign=True) for name in ("ci_low", "ci_high"))
+            line["effect [interval]"] = f"{tables.number(row['effect'], 2, sign=True)} [{low}, {high}]"
             line["unit"] = row["unit"]
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def _blank() -> dict[str, str]:
-    return {"effect [interval]": report.MISSING, "unit": report.MISSING, "beside it": report.MISSING}
+    return {"effect [interval]": tables.MISSING, "unit": tables.MISSING, "beside it": tables.MISSING}

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-import report
+import tables
 from config import Cells
 from contrasts import Effects, Pool, select, study_of
 from joint_bootstrap import TestSet, percentile_interval
@@ -121,11 +121,11 @@ def resilience_table(resilience: pd.DataFrame, level: float) -> pd.DataFrame:
         by_metric = block.set_index("metric")
         line = {"data set": dataset} if resilience["dataset"].nunique() > 1 else {}
         line |= {"width": width, "model": model_label(model)}
-        line["FP32 MB"] = report.number(block["size_mb"].iloc[0], 3, significant=True)
+        line["FP32 MB"] = tables.number(block["size_mb"].iloc[0], 3, significant=True)
         for metric, name in LOSSES.items():
             row = by_metric.loc[metric] if metric in by_metric.index else None
             if row is None:
-                line |= {f"{name} lost [{level * 100:.4g} % CI]": report.MISSING, f"rank, {name}": report.MISSING}
+                line |= {f"{name} lost [{level * 100:.4g} % CI]": tables.MISSING, f"rank, {name}": tables.MISSING}
                 continue
             line[f"{name} lost [{level * 100:.4g} % CI]"] = _with_interval(
                 row["loss"], row["ci_low"], row["ci_high"], 2
@@ -148,8 +148,8 @@ def retention_table(retention: pd.DataFrame, level: float) -> pd.DataFrame:
         table["data set"] = shown["dataset"]
     table["model"] = [model_label(name) for name in shown["model"]]
     table["setting"] = shown["setting"]
-    table["MB"] = [report.number(value, 3, significant=True) for value in shown["size_mb"]]
-    table["MB saved"] = [report.number(value, 3, significant=True) for value in shown["saved_mb"]]
+    table["MB"] = [tables.number(value, 3, significant=True) for value in shown["size_mb"]]
+    table["MB saved"] = [tables.number(value, 3, significant=True) for value in shown["saved_mb"]]
     table[f"worst group kept % [{level * 100:.4g} % CI]"] = [
         _with_interval(100 * row.kept, 100 * row.kept_ci_low, 100 * row.kept_ci_high, 1) for row in shown.itertuples()
     ]
@@ -235,6 +235,6 @@ def _retention(rows: pd.DataFrame, ticket, column: dict, sizes: dict, level: flo
 
 def _with_interval(value: float, low: float, high: float, digits: int) -> str:
     if pd.isna(value):
-        return report.MISSING
-    ends = ", ".join(report.number(end, digits, sign=low < 0) for end in (low, high))
-    return f"{report.number(value, digits, sign=low < 0)} [{ends}]"
+        return tables.MISSING
+    ends = ", ".join(tables.number(end, digits, sign=low < 0) for end in (low, high))
+    return f"{tables.number(value, digits, sign=low < 0)} [{ends}]"

@@ -29,6 +29,7 @@ PACKAGES = {  # distribution -> module
     "matplotlib": "matplotlib",
     "seaborn": "seaborn",
     "jinja2": "jinja2",
+    "plotly": "plotly",
     "pydantic": "pydantic",
     "pyyaml": "yaml",
     "pillow": "PIL",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -19,11 +20,16 @@ import hypotheses
 import literature
 import rankings
 import report
+import study_tables
+import tables
 import visualizations
+import winners
 from config import Config
+from configurations import accuracy_intervals, configurations
 from group_counts import METRICS, intersect
 from joint_bootstrap import COLLAPSED, TestSet
 from phases.plan import plan
+from recommendation import Bounds
 from result_rows import main_settings, model_label, plain_counterparts, with_labels
 from significance import holm, mcnemar_midp, paired_count_table, paired_difference_intervals
 from store import (
@@ -116,52 +122,48 @@ def analyse(
     tell("tables")
     points = visualizations.pareto_points(rows)
     write_text(store.analysis / "pareto.csv", points.to_csv(index=False))
-    best = report.best_settings(changes, done)
+    tests = winners.best_tests(done, test_sets, 1 - level)
+    write_text(store.analysis / "best_tests.csv", tests.to_csv(index=False))
+    best = study_tables.best_settings(changes, done)
+    configs, intervals = configurations(done, changes), accuracy_intervals(done, test_sets, replicates, level)
     deployment = store.read_extra_table("deployment_results")
-    deployed = pd.DataFrame() if deployment is None else report.deployment_table(done, deployment)
-    repairs = report.repair_table(done)
+    deployed = pd.DataFrame() if deployment is None else study_tables.deployment_table(done, deployment)
+    repairs = study_tables.repair_table(done)
     timeless = repairs.drop(columns=["calibration s", "training s"], errors="ignore")  # the same bytes another time
+    bold_note = study_tables.bold_note(level)
     sections = [
-        report.TableSection("best", "Best setting at each width", report.BEST_NOTE, report.best_table(best, level)),
-        report.TableSection("repairs", "Repairs", report.REPAIR_NOTE, timeless),
-        report.TableSection("deployed", "Deployed", report.DEPLOYED_NOTE, deployed),
-        report.TableSection(
+        tables.TableSection(
+            "best",
+            "Best setting at each width",
+            f"{study_tables.BEST_NOTE} {bold_note}",
+            study_tables.best_table(best, level, intervals),
+            study_tables.bold_configurations(best, tests),
+        ),
+        tables.TableSection(
+            "means",
+            "Means over seeds",
+            f"{study_tables.MEANS_NOTE} {bold_note}",
+            study_tables.means_table(configs, intervals, done, level),
+            study_tables.bold_configurations(configs, tests),
+        ),
+        tables.TableSection("repairs", "Repairs", study_tables.REPAIR_NOTE, timeless),
+        tables.TableSection("deployed", "Deployed", study_tables.DEPLOYED_NOTE, deployed),
+        tables.TableSection(
             "resilience",
             "Resilience of the architectures",
             rankings.RESILIENCE_NOTE,
             rankings.resilience_table(resilience, level),
         ),
-        report.TableSection(
+        tables.TableSection(
             "retention",
             "Fairness kept for the bytes",
             rankings.RETENTION_NOTE,
             rankings.retention_table(retention, level),
         ),
-        report.TableSection("literature", literature.TITLE, literature.NOTE, literature.literature_table(verdicts)),
+        tables.TableSection("literature", literature.TITLE, literature.NOTE, literature.literature_table(verdicts)),
     ]
     sections = [section for section in sections if len(section.table)]
-    tables = {
-        "results": (report.result_table(rows), "Every finished and failed cell."),
-        "hypotheses": (_hypotheses_table(verdicts), "Hypotheses and what the data say about them."),
-        **{section.id: (section.table, f"{section.title}. {section.note}") for section in sections},
-    }
-    if len(repairs):
-        tables["repairs"] = (repairs, f"Repairs. {report.REPAIR_NOTE}")
-    for name, (table, caption) in tables.items():
-        write_text(store.analysis / "tables" / f"{name}.tex", report.to_latex(table, caption, f"tab:{name}"))
-        write_text(store.analysis / "tables" / f"{name}.csv", report.to_csv(table))
 
-    by_group = [
-        f"{dataset}, {model_label(model)}: accuracy in %, group by group\n\n{report.to_markdown(table)}"
-        for (dataset, model), table in report.group_accuracy(rows, all_groups).items()
-    ]
-    if len(repairs):
-        by_group.append(f"repairs\n\n{report.to_markdown(timeless)}")
-    if len(deployed):
-        by_group.append(f"deployed models\n\n{report.to_markdown(deployed)}")
-    write_text(store.analysis / "groups.md", "\n".join(by_group))
-
-    tell("report")
     study = report.Study(
         rows=rows,
         data=_data(done, groups),
@@ -178,7 +180,40 @@ def analyse(
         targets={name: config.dataset(name).target for name in test_sets},
         figures=[(name, CAPTIONS[name]) for name in figures],
         environment=_environment(store),
+        significance=significance,
+        best_tests=tests,
+        bounds=Bounds(**config.analysis.bounds.model_dump()),
     )
+    by_group = study_tables.group_accuracy(rows, all_groups)
+    printed = [report.results_section(study), *sections]
+    printed += [
+        tables.TableSection(
+            "hypotheses", "Hypotheses and what the data say about them", "", _hypotheses_table(verdicts)
+        )
+    ]
+    printed += [
+        tables.TableSection(
+            f"groups-{dataset}-{model}", f"{dataset}, {model_label(model)}", study_tables.GROUPS_NOTE, table
+        )
+        for (dataset, model), table in by_group.items()
+    ]
+    if len(repairs):  # with the times, which the report leaves out
+        printed = [section for section in printed if section.id != "repairs"]
+        printed.append(tables.TableSection("repairs", "Repairs", study_tables.REPAIR_NOTE, repairs))
+    for section in printed:
+        _write_table(store, section)
+
+    told = [
+        f"{dataset}, {model_label(model)}: accuracy in %, group by group\n\n{tables.to_markdown(table)}"
+        for (dataset, model), table in by_group.items()
+    ]
+    if len(repairs):
+        told.append(f"repairs\n\n{tables.to_markdown(timeless)}")
+    if len(deployed):
+        told.append(f"deployed models\n\n{tables.to_markdown(deployed)}")
+    write_text(store.analysis / "groups.md", "\n".join(told))
+
+    tell("report")
     write_text(store.analysis / "report.html", report.report_html(study, images))
     write_text(store.analysis / "summary.md", report.summary_markdown(study))
     tell("done")
@@ -487,20 +522,33 @@ def _hypotheses_table(verdicts: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "hypothesis": verdicts["statement"],
-            "effect": [report.number(value, 2, sign=True) for value in verdicts["effect"]],
+            "effect": [tables.number(value, 2, sign=True) for value in verdicts["effect"]],
             "interval": [
-                report.MISSING
+                tables.MISSING
                 if pd.isna(row.ci_low)
-                else f"{report.number(row.ci_low, 2, sign=True)} to {report.number(row.ci_high, 2, sign=True)}"
+                else f"{tables.number(row.ci_low, 2, sign=True)} to {tables.number(row.ci_high, 2, sign=True)}"
                 for row in verdicts.itertuples()
             ],
-            "p": [report.number(value, 3) for value in verdicts["p"]],
-            "p (Holm)": [report.number(value, 3) for value in verdicts["p_holm"]],
+            "p": [tables.number(value, 3) for value in verdicts["p"]],
+            "p (Holm)": [tables.number(value, 3) for value in verdicts["p_holm"]],
             "unit": verdicts["unit"],
             "n": [str(n) for n in verdicts["n_images"]],
             "verdict": verdicts["verdict"],
         }
     )
+
+
+def _write_table(store: Store, section: tables.TableSection) -> None:
+    """tables/<id>.csv, .md and .tex: the same numbers in each."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", section.id)
+    caption = f"{section.title}. {section.note}".strip()
+    texts = {
+        "csv": tables.to_csv(section.table),
+        "md": f"{tables.to_markdown(section.table, section.bold)}\n{tables.markdown_escape(caption)}\n",
+        "tex": tables.to_latex(section.table, caption, f"tab:{name}", section.bold),
+    }
+    for ending, text in texts.items():
+        write_text(store.analysis / "tables" / f"{name}.{ending}", text)
 
 
 def _environment(store: Store) -> dict:

@@ -1,230 +1,74 @@
 import base64
+import gzip
+import hashlib
+import json
 import re
+import struct
 
 import numpy as np
 import pandas as pd
 import pytest
+from fake_report import EVIL, many_rows, result_rows, study
 
-import report
-from report import (
-    Study,
-    TableSection,
+from configurations import configurations
+from report import report_html, summary_markdown
+from report_page import to_json
+from study_tables import (
+    DEPLOYED_NOTE,
     best_settings,
     best_table,
+    bold_configurations,
+    bold_results,
     deployment_table,
-    latex_escape,
-    markdown_escape,
-    number,
+    group_accuracy,
+    means_table,
     repair_table,
-    report_html,
     result_table,
-    summary_markdown,
-    to_csv,
-    to_html,
-    to_latex,
-    to_markdown,
+    result_values,
 )
-
-EVIL = "<script>alert('x')</script>"
-
-
-def result_rows():
-    shared = {"dataset": "synthetic", "seed": 0, "strategy": None, "error": None, "worst_group": "female"}
-    return pd.DataFrame(
-        [
-            {
-                **shared,
-                "cell": "base",
-                "phase": "baseline",
-                "model": "resnet50",
-                "method": "none",
-                "weight_bits": None,
-                "activation_bits": None,
-                "options": None,
-                "status": "done",
-                "accuracy": 0.9123,
-                "worst_group_accuracy": 0.85,
-                "accuracy_gap": 0.1,
-                "equalized_odds_difference": np.nan,
-                "delta_accuracy": np.nan,
-                "size_mb": 94.04,
-            },
-            {
-                **shared,
-                "cell": "q8",
-                "phase": "quantization",
-                "model": "resnet50",
-                "method": "ptq_static",
-                "weight_bits": 8,
-                "activation_bits": 8,
-                "options": '{"observer":"mse"}',
-                "status": "done",
-                "accuracy": 0.9,
-                "delta_accuracy": -0.0123,
-                "worst_group_accuracy": 0.84,
-                "accuracy_gap": 0.1,
-                "equalized_odds_difference": 0.05,
-                "size_mb": 23.6,
-            },
-            {
-                **shared,
-                "cell": "q4_failed",
-                "phase": "quantization",
-                "model": "resnet50",
-                "method": "ptq_static",
-                "weight_bits": 4,
-                "activation_bits": 4,
-                "options": '{"observer":"mse"}',
-                "status": "failed",
-                "error": EVIL,
-                "worst_group": None,
-            },
-        ]
-    )
-
-
-def study(**changes):
-    rows = result_rows()
-    accuracy = pd.DataFrame(
-        [
-            {
-                "dataset": "synthetic",
-                "model": "resnet50",
-                "setting": "W8A8 static (mse)",
-                "setting_order": 1,
-                "width": "W8A8",
-                "n_seeds": 1,
-                "n_images": 1000,
-                "accuracy": 0.9,
-                "change": -1.23,
-                "ci_low": -2.0,
-                "ci_high": -0.4,
-            }
-        ]
-    )
-    data = pd.DataFrame(
-        [
-            {
-                "dataset": "synthetic",
-                "attribute": "race",
-                "group": name,
-                "class": "smile",
-                "n": n,
-                "base_rate": rate,
-                "too_small": n < 20,
-            }
-            for name, n, rate in ((EVIL, 990, 0.5), ("tiny", 10, 0.3))
-        ]
-    )
-    verdicts = pd.DataFrame(
-        [{"statement": "INT8 is fine", "verdict": "contradicted", "sentence": f"It is not {EVIL}.", "rule": "a rule"}]
-    )
-    values = {
-        "rows": rows,
-        "data": data,
-        "changes": accuracy,
-        "sections": [TableSection("best", "Best", "", best_table(best_settings(accuracy, rows), 0.95))],
-        "hypotheses": verdicts,
-        "findings": ["Accuracy falls by 1.23 points."],
-        "planned": {"baseline": 1, "quantization": 3},
-        "missing": [("quantization", "q2_missing")],
-        "leftovers": ["old_cell"],
-        "replicates": 1000,
-        "seeds": [0],
-        "targets": {"synthetic": "smile"},
-        "figures": [("a.png", "A figure")],
-        "environment": {"packages": {"numpy": "2.4"}},
-    }
-    return Study(**{**values, **changes})
-
-
-# ------------------------------------------------------------------------------------------------------------- escaping
-
-
-def test_latex_escapes_every_special_character():
-    assert latex_escape("a_b%&#$") == r"a\_b\%\&\#\$"
-    assert latex_escape("{x}^2~\\y<>|") == (
-        r"\{x\}\textasciicircum{}2\textasciitilde{}\textbackslash{}y\textless{}\textgreater{}\textbar{}"
-    )
-
-
-def test_markdown_keeps_a_table_cell_one_cell_and_starts_no_html_or_link():
-    assert markdown_escape("a|b\nc") == r"a\|b c"
-    assert markdown_escape(EVIL) == r"\<script>alert('x')\</script>"
-    assert markdown_escape("[a](javascript:b)") == r"[a\](javascript:b)"
-    assert markdown_escape("bias_aware *x* _y_") == r"bias_aware \*x\* \_y\_"
-
-
-def test_html_escapes_strings_from_data():
-    html = to_html(pd.DataFrame({"<b>": [EVIL, "a & b"]}))
-    assert (
-        "<script>" not in html
-        and "&lt;script&gt;" in html
-        and "a &amp; b" in html
-        and '<th scope="col">&lt;b&gt;' in html
-    )
-
+from tables import MISSING, TableSection
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "options", "text"),
-    [
-        (np.nan, 1, {}, "–"),
-        (None, 1, {}, "–"),
-        (-0.04, 1, {"sign": True}, "0.0"),
-        (1.25, 2, {"sign": True}, "+1.25"),
-        (94.04, 3, {"significant": True}, "94.0"),
-        (0.18774, 3, {"significant": True}, "0.188"),
-        (1234.5, 3, {"significant": True}, "1234"),
-    ],
-)
-def test_numbers_for_print(value, digits, options, text):
-    assert number(value, digits, **options) == text
-
-
-def test_result_table_gives_percent_and_a_dash_for_what_was_not_measured():
-    table = result_table(result_rows())
+def test_result_table_gives_percent_intervals_and_a_dash_for_what_was_not_measured():
+    rows = result_rows().assign(accuracy_ci_low=[0.9, 0.88, np.nan], accuracy_ci_high=[0.92, 0.925, np.nan])
+    entry = {
+        "comparison": "fp32",
+        "metric": "accuracy",
+        "group": "all",
+        "cell": "q8",
+        "ci_low": -0.02,
+        "ci_high": 0.001,
+    }
+    others = [{**entry, **other, "ci_low": -0.5} for other in ({"comparison": "plain"}, {"group": "female"})]
+    others.append({**entry, "metric": "accuracy_gap", "ci_low": -0.5})
+    significance = pd.DataFrame([*others, entry])
+    table = result_table(rows, significance)
     assert table["setting"].tolist() == ["FP32", "W8A8 static (mse)", "W4A4 static (mse)"]
-    assert table["accuracy %"].tolist() == ["91.2", "90.0", "–"]
-    assert table["change"].tolist() == ["–", "-1.2", "–"]
+    assert table["accuracy %"].tolist() == ["91.2 ± 1.0", "90.0 ± 2.2", "–"]
+    assert table["change"].tolist() == ["–", "-1.2 [-2.0, +0.1]", "–"]
     assert table["equalized odds diff."].tolist() == ["–", "5.0", "–"]
     assert table["status"].tolist() == ["done", "done", "failed"]
+    assert "ms" not in table and "seed" not in table
+    assert result_table(rows)["change"].tolist() == ["–", "-1.2", "–"]
 
 
-def test_the_same_numbers_are_in_every_format():
-    table = result_table(result_rows())
-    for text in (to_csv(table), to_markdown(table), to_latex(table), to_html(table)):
-        for value in ("91.2", "-1.2", "23.6", "W8A8 static (mse)"):
-            assert value in text
+def test_what_a_table_is_sorted_by_is_what_it_shows():
+    rows = result_rows()
+    table, values = result_table(rows), result_values(rows)
+    for name, numbers in values.items():
+        scale = 1 if name in ("MB", "ms") else 100
+        if name in table:
+            shown = [float(text) if text != MISSING else np.nan for text in table[name]]
+            assert np.allclose(shown, scale * np.array(numbers), atol=0.051, equal_nan=True), name
 
 
-def test_latex_is_booktabs_with_one_row_a_line():
-    table = pd.DataFrame({"model_name": ["a_b%&", "c"], "accuracy %": ["91.2", "–"]})
-    assert to_latex(table, "50 % of_it", "tab:x_y") == "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            r"\caption{50 \% of\_it}",
-            r"\label{tab:x-y}",
-            r"\begin{tabular}{lr}",
-            r"\toprule",
-            r"model\_name & accuracy \% \\",
-            r"\midrule",
-            r"a\_b\%\& & 91.2 \\",
-            r"c & -- \\",
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def test_long_latex_tables_may_break_over_pages():
-    text = to_latex(pd.DataFrame({"n": [str(i) for i in range(40)]}), "Long")
-    assert text.startswith(r"\begin{longtable}{r}") and r"\endhead" in text and text.count(r"\\") == 42
+def test_infinite_and_unreadable_values_are_missing():
+    rows = result_rows().assign(accuracy=[np.inf, -np.inf, np.nan], size_mb=["much", 2.0, None])
+    table = result_table(rows)
+    assert table["accuracy %"].tolist() == ["–"] * 3 and table["MB"].tolist() == ["–", "2.00", "–"]
+    assert configurations(rows)["accuracy"].isna().all()
 
 
 def test_best_setting_of_a_width_is_the_most_accurate_one():
@@ -233,6 +77,34 @@ def test_best_setting_of_a_width_is_the_most_accurate_one():
     best = best_settings(pd.concat([worse, accuracy], ignore_index=True), result_rows())
     assert best["setting"].tolist() == ["W8A8 static (mse)"] and best["n_settings"].tolist() == [2]
     assert best["worst_group_accuracy"].tolist() == [0.84] and best["size_mb"].tolist() == [23.6]
+    shown = best_table(best, 0.95)
+    assert shown["worst group %"].tolist() == ["84.0"] and shown["accuracy %"].tolist() == ["90.0"]
+    assert best_table(best_settings(accuracy.iloc[:0], result_rows()), 0.95).empty
+
+
+def test_bold_stands_where_the_test_says_and_nowhere_else():
+    tests = pd.DataFrame(
+        [
+            {"dataset": "synthetic", "model": "resnet50", "setting": "W8A8 static (mse)", "seed": seed, "cell": cell,
+             "is_best": is_best}
+            for seed, cell, is_best in ((0, "q8", True), (np.nan, None, True), (0, "base", False))
+        ]
+    )  # fmt: skip
+    assert bold_results(result_rows(), tests) == {(1, "accuracy %")}
+    assert bold_configurations(configurations(result_rows()), tests) == {(1, "accuracy %")}
+    assert bold_configurations(configurations(result_rows()), tests[tests["seed"].notna()]) == set()
+    told = study(best_tests=tests)
+    assert "<strong>90.0</strong>" in report_html(told, {}) and "<strong>90.0</strong>" not in report_html(study(), {})
+
+
+def test_means_over_seeds_show_each_seed_and_are_left_out_for_one_seed():
+    one = result_rows().iloc[:2]
+    two = pd.concat([one, one.assign(seed=1, cell=["base1", "q81"], accuracy=[0.9, 0.8])], ignore_index=True)
+    nothing = pd.DataFrame(columns=["dataset", "model", "setting", "accuracy_ci_low", "accuracy_ci_high"])
+    assert means_table(configurations(one), nothing, one, 0.95).empty
+    table = means_table(configurations(two), nothing, two, 0.95)
+    assert table["seeds"].tolist() == ["2", "2"] and table["each seed"].tolist() == ["91.2, 90.0", "90.0, 80.0"]
+    assert table["accuracy %"].tolist() == ["90.6", "85.0"]
 
 
 # --------------------------------------------------------------------------------------------------- summary and report
@@ -248,6 +120,9 @@ def test_summary_says_what_was_found_and_what_is_absent():
         "4 cells planned (1 baseline, 3 quantization): 2 done, 1 failed, 1 without a result.",
         "q4_failed",
         "q2_missing",
+        "ResNet-50 at FP32: accuracy 91.2 %",
+        "accuracy at most 1 point below the most accurate FP32 model (held by 1)",
+        "packages numpy: 2.4",
         "python main.py --phase quantization",
         "old_cell",
         "below the minimum size",
@@ -267,11 +142,60 @@ def test_report_is_one_offline_page_with_everything_escaped():
     png = b"\x89PNG fake"
     html = report_html(study(), {"a.png": png})
     assert base64.b64encode(png).decode() in html
-    assert "<script" not in html and "&lt;script&gt;" in html
+    assert EVIL not in html and "&lt;script&gt;alert(" in html
     assert not re.findall(r'(?:src|href)="(?!data:image/png|#)', html) and "url(" not in html and "@import" not in html
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
     for part in ("q4_failed", "q2_missing", "old_cell", "packages numpy", "2.4", "Accuracy falls by 1.23 points."):
         assert part in html, part
+
+
+def test_no_script_runs_but_those_that_the_policy_names():
+    html = report_html(study(), {})
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)[1].replace("&#39;", "'")
+    scripts = re.findall(r"<script(?: type=\"([^\"]*)\" id=\"[^\"]*\")?>(.*?)</script>", html, re.DOTALL)
+    assert len(scripts) == html.count("<script")
+    run = [text for kind, text in scripts if not kind]
+    packed = next(text for kind, text in scripts if kind == "text/plain")
+    run.append(gzip.decompress(base64.b64decode(packed)).decode())
+    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in run}
+    directives = dict(part.split(" ", 1) for part in policy.split("; "))
+    assert set(directives["script-src"].split()) == hashes and len(hashes) == 3
+    assert directives["default-src"] == "'none'" and directives["img-src"] == "data:"
+
+
+@pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "<!--<script>", "a\u2028b\u2029c", "]]>&amp;"])
+def test_data_in_a_script_element_ends_nothing_and_says_the_same(text):
+    written = to_json({text: [text, np.float64("nan"), float("inf"), np.int64(3), np.bool_(True), None]})
+    assert not set("<>&\u2028\u2029") & set(written)
+    assert json.loads(written) == {text: [text, None, None, 3, True, None]}
+
+
+def test_hypotheses_show_their_corrected_p_where_they_have_one():
+    told = study(hypotheses=study().hypotheses.assign(p_holm=0.01234))
+    assert "Corrected p (Holm): 0.0123" in report_html(told, {})
+    for without in (study(), study(hypotheses=study().hypotheses.assign(p_holm=np.nan))):
+        assert "Corrected p" not in report_html(without, {})
+
+
+def test_figures_have_alternative_text_and_their_size():
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 1400, 900)
+    html = report_html(study(figures=[("a.png", 'A "figure"')]), {"a.png": png})
+    assert 'alt="Figure a.png: A &#34;figure&#34;"' in html and 'width="1400" height="900"' in html
+
+
+def test_ten_thousand_cells_give_a_page_of_sensible_size_and_a_short_summary():
+    rows = many_rows(10_000)
+    many = study(rows=rows, changes=study().changes.iloc[:0], missing=[("quantization", f"m{i}") for i in range(500)])
+    html, text = report_html(many, {}), summary_markdown(many)
+    assert html.count("<tr>") > 10_000 and len(html) < 12e6
+    assert "and 400 more; report.html names all" in text and "m499" in html and len(text) < 40_000
+
+
+def test_a_long_section_is_cut_in_the_summary_and_said():
+    section = TableSection("long", "Long", "", pd.DataFrame({"n": [f"row {i}" for i in range(60)]}))
+    text = summary_markdown(study(sections=[section]))
+    assert "row 39" in text and "row 40" not in text and "And 20 more rows, in tables/long.md." in text
+    assert "row 59" in report_html(study(sections=[section]), {})
 
 
 def test_report_without_any_quantized_cell_says_so():
@@ -279,6 +203,7 @@ def test_report_without_any_quantized_cell_says_so():
     html, text = report_html(bare, {}), summary_markdown(bare)
     assert "No finished quantized cell." in html and "No finished quantized cell." in text
     assert "Failed and missing" not in html
+    assert "Recommended" in html  # FP32 can be shipped
 
 
 def test_group_accuracy_is_the_mean_over_seeds_of_each_group():
@@ -309,13 +234,13 @@ def test_group_accuracy_is_the_mean_over_seeds_of_each_group():
             ("intersection", "a & x", 6, value),
         ):
             groups.append({"cell": f"{kind}{seed}", "attribute": attribute, "group": group, "n": n, "accuracy": rate})
-    tables = report.group_accuracy(pd.DataFrame(rows), pd.DataFrame(groups))
+    tables = group_accuracy(pd.DataFrame(rows), pd.DataFrame(groups))
     assert list(tables) == [("d", "m")]
     table = tables["d", "m"]
     assert table.columns.tolist() == ["attribute", "group", "n", "FP32", "W4A4"]
     assert table[["attribute", "group", "n"]].values.tolist() == [["all", "", 10], ["sex", "a", 6], ["sex", "b", 0]]
-    assert table["FP32"].tolist() == ["85.0", "95.0", report.MISSING]
-    assert table["W4A4"].tolist() == ["60.0", "70.0", report.MISSING]
+    assert table["FP32"].tolist() == ["85.0", "95.0", MISSING]
+    assert table["W4A4"].tolist() == ["60.0", "70.0", MISSING]
 
 
 # ------------------------------------------------------------------------------------------------------------ deployed
@@ -382,7 +307,7 @@ def test_without_an_engine_there_is_no_section():
     nothing = pd.DataFrame(columns=["cell", "engine", "status"])
     assert deployment_table(rows.assign(baseline_cell=None), nothing).empty
     assert "## Deployed" not in summary_markdown(study())
-    section = TableSection("deployed", "Deployed", report.DEPLOYED_NOTE, deployed())
+    section = TableSection("deployed", "Deployed", DEPLOYED_NOTE, deployed())
     told = summary_markdown(study(sections=[section]))
     assert "## Deployed" in told and "| 99.5 |" in told
     assert 'id="deployed"' in report_html(study(sections=[section]), {})
