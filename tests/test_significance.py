@@ -12,6 +12,11 @@ HAND = np.array([[[50, 10], [10, 30]], [[30, 20], [30, 20]], [[8, 2], [3, 7]]])
 LARGE_GAP = np.array([[[180, 20], [20, 180]], [[110, 90], [90, 110]]])  # group 0 better by 0.35, far from a tie
 
 
+def replicate_tables(*arguments):
+    """(B, G, L, P)"""
+    return np.concatenate([np.moveaxis(b, -1, 0) for b in significance._resampled(*arguments)])
+
+
 def rows_of(counts):
     return np.repeat(np.argwhere(np.ones_like(counts)), counts.ravel(), axis=0).T
 
@@ -37,7 +42,7 @@ def test_multinomial_replicates_are_distributed_as_resampled_rows():
         chosen = generator.integers(0, n, n)
         rows.append(count_table(group_N[chosen], label_N[chosen], prediction_N[chosen], 3, 2))
     by_rows = group_metrics(np.stack(rows))
-    by_cells = group_metrics(np.concatenate(list(significance._resampled(HAND, replicates, generator))))
+    by_cells = group_metrics(replicate_tables(HAND, replicates, generator))
     for name in METRICS:
         spread = by_rows[name].std()
         # Five standard errors of a difference of means, and of standard deviations, of 2000 draws.
@@ -48,7 +53,7 @@ def test_multinomial_replicates_are_distributed_as_resampled_rows():
 
 def test_replicates_have_the_moments_of_the_multinomial():
     replicates = 20_000
-    tables = np.concatenate(list(significance._resampled(HAND, replicates, np.random.default_rng(0))))
+    tables = replicate_tables(HAND, replicates, np.random.default_rng(0))
     assert (tables.sum(axis=(1, 2, 3)) == HAND.sum()).all()
     p = HAND / HAND.sum()
     standard_error = np.sqrt(HAND.sum() * p * (1 - p) / replicates)
@@ -60,13 +65,13 @@ def test_replicates_have_the_moments_of_the_multinomial():
 
 def test_an_empty_cell_stays_empty():
     counts = np.array([[[7, 0], [0, 3]], [[0, 0], [5, 0]]])
-    tables = np.concatenate(list(significance._resampled(counts, 500, np.random.default_rng(0))))
+    tables = replicate_tables(counts, 500, np.random.default_rng(0))
     assert not tables[:, counts == 0].any()
 
 
 def test_intervals_contain_the_observed_value_and_are_the_quantiles_of_the_replicates():
     intervals = bootstrap_intervals(LARGE_GAP, 1, replicates=800, generator=np.random.default_rng(3))
-    tables = np.concatenate(list(significance._resampled(LARGE_GAP, 800, np.random.default_rng(3))))
+    tables = replicate_tables(LARGE_GAP, 800, np.random.default_rng(3))
     replicates, observed = group_metrics(tables), group_metrics(LARGE_GAP)
     assert tuple(intervals) == METRICS
     for name in ("accuracy", "accuracy_gap", "worst_group_accuracy", "equalized_odds_difference"):
@@ -125,7 +130,7 @@ def test_an_interval_is_undefined_where_the_metric_is(counts):
 def test_undefined_replicates_are_ignored():
     # One positive in group 1: about 37 % of the replicates have none, and then no equal-opportunity difference.
     counts = np.array([[[20, 0], [10, 10]], [[20, 0], [0, 1]]])
-    tables = np.concatenate(list(significance._resampled(counts, 500, np.random.default_rng(0))))
+    tables = replicate_tables(counts, 500, np.random.default_rng(0))
     is_undefined_B = np.isnan(group_metrics(tables)["equal_opportunity_difference"])
     assert 0.25 < is_undefined_B.mean() < 0.5
     low, high = bootstrap_intervals(counts, 1, 500, generator=np.random.default_rng(0))["equal_opportunity_difference"]
