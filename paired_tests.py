@@ -263,7 +263,7 @@ def _metrics(
             found.append(entry | {"p_swap": p_swap[metric], "p_group": p_group[metric]})
         return found
 
-    found = [entry for entries in in_threads(one_pair, range(len(pairs))) for entry in entries]
+    found = [entry for p in range(len(pairs)) for entry in one_pair(p)]
     table = pd.DataFrame(found)
     return table.join(pairs[["cell", "reference_cell", "comparison"]], on="pair")
 

@@ -39,11 +39,14 @@ def proportion_limits(successes, n, level: float) -> tuple[np.ndarray, np.ndarra
 
 def midp_interval(successes, n, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Two-sided mid-p interval of a proportion, elementwise; NaN where n is 0."""
-    successes, n = np.broadcast_arrays(np.asarray(successes, float), np.asarray(n, float))
+    both = np.stack(np.broadcast_arrays(np.asarray(successes, float), np.asarray(n, float)), axis=-1)
+    distinct, places = np.unique(both.reshape(-1, 2), axis=0, return_inverse=True)  # a study's counts repeat
+    successes, n = distinct.T
     tail = (1 - level) / 2
     low = np.where(successes > 0, _where_midp_is(tail, successes, n), 0.0)
     high = np.where(successes < n, _where_midp_is(1 - tail, successes, n), 1.0)
-    return np.where(n > 0, low, np.nan), np.where(n > 0, high, np.nan)
+    places = places.reshape(both.shape[:-1])
+    return np.where(n > 0, low, np.nan)[places], np.where(n > 0, high, np.nan)[places]
 
 
 def _where_midp_is(target: float, successes: np.ndarray, n: np.ndarray) -> np.ndarray:

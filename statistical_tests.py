@@ -30,7 +30,7 @@ from group_counts import METRICS
 
 PERMUTATION_BLOCK = 1000  # permutations by one generator, so that they do not depend on what runs side by side
 CHUNK = 200_000  # numbers held at once for the max-T test
-TIE = 1e-9  # two values of a metric closer than this are the same up to rounding
+TIE = 5e-7  # two changes of a metric closer than this are the same up to float32's rounding
 
 # --- one group, two models --------------------------------------------------------------------------------------------
 
@@ -54,40 +54,56 @@ def swap_test(
 ) -> dict[str, float]:
     """Two-sided p for each metric: the two models' predictions change places at random, image by image."""
     counts = np.asarray(counts_GLFQ)
+    fp32_GLKB, quantized_GLKB = np.zeros((2, *counts.shape[:3], replicates), dtype=np.float32)
+    agreed_GLK1 = np.diagonal(counts, axis1=2, axis2=3)[..., None]
+    fp32_GLKB += agreed_GLK1
+    quantized_GLKB += agreed_GLK1
     both = counts + counts.swapaxes(2, 3)
-    swapped = np.repeat(counts[..., None], replicates, axis=-1)
     for g, label, f, q in np.argwhere(both):
         if f < q:  # of the images on which one model says f and the other q, each way round with probability 1/2
-            n = both[g, label, f, q]
-            drawn_B = generator.binomial(n, 0.5, replicates)
-            swapped[g, label, f, q], swapped[g, label, q, f] = drawn_B, n - drawn_B
-    return _two_sided(_change(counts[..., None], eligible_G)[:, 0], _change(swapped, eligible_G), symmetric=True)
+            n = int(both[g, label, f, q])
+            first_B = fair_coins(n, replicates, generator)
+            for table, of_f, of_q in ((fp32_GLKB, first_B, n - first_B), (quantized_GLKB, n - first_B, first_B)):
+                table[g, label, f] += of_f
+                table[g, label, q] += of_q
+    null_MB = table_metrics(quantized_GLKB, eligible_G) - table_metrics(fp32_GLKB, eligible_G)
+    return _two_sided(_change(counts, eligible_G), null_MB, symmetric=True)
 
 
 def flip_permutation_test(
     counts_GLFQ: np.ndarray, eligible_G: np.ndarray, replicates: int, *, generator: np.random.Generator
 ) -> dict[str, float]:
     """Two-sided p for each metric: quantized predictions are permuted over the eligible groups among images of the same
-    label and FP32 prediction. NaN for the metrics that no such permutation changes (accuracy over all images)."""
+    label and FP32 prediction. NaN for the metrics that no such permutation changes (those of all images together)."""
     counts = np.asarray(counts_GLFQ)[eligible_G]
     if len(counts) < 2:
         return dict.fromkeys(METRICS, np.nan)
-    n_classes = counts.shape[1]
-    permuted = np.repeat(counts[..., None], replicates, axis=-1)
+    n_classes, everyone_G = counts.shape[1], np.ones(len(counts), dtype=bool)
+    quantized_GLKB = np.zeros((*counts.shape[:3], replicates), dtype=np.float32)
     for label in range(n_classes):
         for f in range(n_classes):
             n_G, n_Q = counts[:, label, f].sum(axis=1), counts[:, label, f].sum(axis=0)
-            if (n_G > 0).sum() < 2 or (n_Q > 0).sum() < 2:
-                continue  # nothing to permute
-            permuted[:, label, f] = _permuted_table(n_G, n_Q, replicates, generator)
-    everyone_G = np.ones(len(counts), dtype=bool)
-    p = _two_sided(_change(counts[..., None], everyone_G)[:, 0], _change(permuted, everyone_G), symmetric=False)
+            quantized_GLKB[:, label] += _permuted_table(n_G, n_Q, replicates, generator)
+    fp32_M1 = table_metrics(counts.sum(axis=3)[..., None].astype(np.float32), everyone_G)
+    null_MB = table_metrics(quantized_GLKB, everyone_G) - fp32_M1
+    p = _two_sided(_change(counts, everyone_G), null_MB, symmetric=False)
     return p | {"accuracy": np.nan, "balanced_accuracy": np.nan}
+
+
+def fair_coins(n: int, size: int, generator: np.random.Generator) -> np.ndarray:
+    """`size` draws of the binomial distribution of n fair coins: the ones among n random bits, which is quicker than
+    `generator.binomial` where n is small."""
+    if n > 1000:
+        return generator.binomial(n, 0.5, size)
+    words = generator.integers(0, 2**64, (-(-n // 64), size), dtype=np.uint64)
+    if n % 64:
+        words[-1] &= np.uint64((1 << (n % 64)) - 1)
+    return np.bitwise_count(words).sum(axis=0, dtype=np.int64)
 
 
 def _permuted_table(n_G: np.ndarray, n_Q: np.ndarray, replicates: int, generator) -> np.ndarray:
     """(G, Q, B) tables with the given margins, as random permutations make them."""
-    tables_GQB = np.zeros((len(n_G), len(n_Q), replicates), dtype=np.int64)
+    tables_GQB = np.zeros((len(n_G), len(n_Q), replicates), dtype=np.float32)
     most = int(np.argmax(n_Q))  # the fewest draws: the most frequent prediction gets what is left
     rest_GB = np.repeat(n_G[:, None], replicates, axis=1)
     is_first = True
@@ -116,10 +132,10 @@ def _hypergeometric(colours_GB: np.ndarray, n: int, generator) -> np.ndarray:
     return drawn_GB
 
 
-def _change(counts_GLFQB: np.ndarray, eligible_G: np.ndarray) -> np.ndarray:
-    """(M, B) quantized - FP32."""
-    quantized, fp32 = counts_GLFQB.sum(axis=2), counts_GLFQB.sum(axis=3)
-    return table_metrics(quantized, eligible_G) - table_metrics(fp32, eligible_G)
+def _change(counts_GLFQ: np.ndarray, eligible_G: np.ndarray) -> np.ndarray:
+    """(M,) quantized - FP32, in the precision of the permuted ones."""
+    quantized, fp32 = (counts_GLFQ.sum(axis=axis)[..., None].astype(np.float32) for axis in (2, 3))
+    return (table_metrics(quantized, eligible_G) - table_metrics(fp32, eligible_G))[:, 0]
 
 
 def _two_sided(observed_M: np.ndarray, null_MB: np.ndarray, symmetric: bool) -> dict[str, float]:
@@ -162,31 +178,34 @@ def max_t_losses(
     ends_P2 = np.stack([lost_PG.sum(axis=1), (lost_PG + gained_PG).sum(axis=1)], axis=1)
     marks_S, places = np.unique(ends_P2, return_inverse=True)
     lost_at_P, both_at_P = places.reshape(ends_P2.shape).T
-    observed_PG = excess_loss(gained_PG, lost_PG, n_G.astype(np.float32))
+    n_G = n_G.astype(np.float32)
+    observed_PG = excess_loss(gained_PG.astype(np.float32), lost_PG.astype(np.float32), n_G)
     order_PG = np.argsort(-observed_PG, axis=1, kind="stable")
     sorted_PG = np.take_along_axis(observed_PG, order_PG, axis=1)
     bound_PG = sorted_PG - 1e-5 * np.abs(sorted_PG)  # ties up to rounding count
-    segment_N = np.searchsorted(marks_S, np.arange(n_G.sum()), side="right") * len(n_G)
+    in_order = (np.arange(len(order_PG))[:, None] * len(n_G) + order_PG).ravel()
+    labels_N = np.repeat(np.arange(len(n_G)), n_G.astype(int))
+    n_marked = int(marks_S[-1])  # the images after these are neither lost nor gained in any pair
+    segment_M = np.searchsorted(marks_S, np.arange(n_marked), side="right") * len(n_G)
     per_chunk = max(1, CHUNK // (observed_PG.size + marks_S.size * len(n_G)))
 
     def one_block(block: tuple[np.random.Generator, int]) -> np.ndarray:
         """How many of the permutations reach what was observed."""
         generator, size = block
-        labels_N = np.repeat(np.arange(len(n_G)), n_G)
         at_least_PG = np.zeros(observed_PG.shape, dtype=np.int64)
         for start in range(0, size, per_chunk):
             cumulated_BSG = np.empty((min(per_chunk, size - start), len(marks_S), len(n_G)), dtype=np.float32)
             for cumulated_SG in cumulated_BSG:
-                generator.shuffle(labels_N)
-                counts = np.bincount(segment_N + labels_N, minlength=(len(marks_S) + 1) * len(n_G))
-                np.cumsum(counts.reshape(-1, len(n_G))[: len(marks_S)], axis=0, out=cumulated_SG, dtype=np.float32)
+                drawn_M = labels_N[generator.choice(len(labels_N), n_marked, replace=False)]
+                counts = np.bincount(segment_M + drawn_M, minlength=len(marks_S) * len(n_G))
+                np.cumsum(counts.reshape(-1, len(n_G)), axis=0, out=cumulated_SG, dtype=np.float32)
             lost_BPG = cumulated_BSG[:, lost_at_P]
             gained_BPG = cumulated_BSG[:, both_at_P] - lost_BPG
-            null_BPG = excess_loss(gained_BPG, lost_BPG, n_G.astype(np.float32))
-            null_BPG = np.take_along_axis(null_BPG, np.broadcast_to(order_PG, null_BPG.shape), axis=-1)
-            # of this group and those that were observed to lose less
-            largest_BPG = np.maximum.accumulate(null_BPG[..., ::-1], axis=-1)[..., ::-1]
-            at_least_PG += (largest_BPG >= bound_PG).sum(axis=0)
+            null_BPG = excess_loss(gained_BPG, lost_BPG, n_G, (gained_PG.sum(axis=1), lost_PG.sum(axis=1)))
+            null_BPG = null_BPG.reshape(len(null_BPG), -1)[:, in_order].reshape(null_BPG.shape)
+            for g in range(len(n_G) - 2, -1, -1):  # the largest of this group and those observed to lose less
+                np.maximum(null_BPG[..., g], null_BPG[..., g + 1], out=null_BPG[..., g])
+            at_least_PG += (null_BPG >= bound_PG).sum(axis=0)
         return at_least_PG
 
     sizes = [min(PERMUTATION_BLOCK, replicates - start) for start in range(0, replicates, PERMUTATION_BLOCK)]
@@ -197,23 +216,28 @@ def max_t_losses(
     return adjusted_PG
 
 
-def excess_loss(gained_G: np.ndarray, lost_G: np.ndarray, n_G: np.ndarray) -> np.ndarray:
-    """(..., G) studentized difference between the mean loss of a group and that of all other groups together.
+def excess_loss(
+    gained_G: np.ndarray, lost_G: np.ndarray, n_G: np.ndarray, totals: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """(..., G) studentized difference between the mean loss of a group and that of all other groups together. `totals`,
+    gained and lost over all groups, saves summing them.
 
     Studentized with each side's own variance, so that groups that flip more without losing more are not taken for
     losers (Janssen 1997), a group's variance being drawn to that of all images by one image's weight: a group of few
     images has none of its own when nothing in it changed.
     """
+    gained, lost = (gained_G.sum(axis=-1), lost_G.sum(axis=-1)) if totals is None else totals
+    net, squares = ((lost + sign * gained)[..., None].astype(lost_G.dtype) for sign in (-1, 1))
+    n = n_G.sum()
+    pooled, rest_n_G = squares / n - (net / n) ** 2, n - n_G
     net_G, squares_G = lost_G - gained_G, lost_G + gained_G
-    net, squares, n = (values.sum(axis=-1, keepdims=True) for values in (net_G, squares_G, n_G))
-    pooled = squares / n - (net / n) ** 2
-    rest_n_G = n - n_G
-    mean_G, rest_mean_G = net_G / n_G, (net - net_G) / rest_n_G
-    variance_G = (squares_G - n_G * mean_G**2 + pooled) / (n_G + 1)
-    rest_variance_G = (squares - squares_G - rest_n_G * rest_mean_G**2 + pooled) / (rest_n_G + 1)
-    error_G = np.sqrt(np.maximum(variance_G / n_G + rest_variance_G / rest_n_G, 0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(error_G > 0, (mean_G - rest_mean_G) / error_G, 0.0)
+    rest_net_G = net - net_G
+    mean_G, rest_mean_G = net_G / n_G, rest_net_G / rest_n_G
+    variance_G = (squares_G - net_G * mean_G + pooled) / (n_G * (n_G + 1))  # of the mean
+    rest_variance_G = (squares - squares_G - rest_net_G * rest_mean_G + pooled) / (rest_n_G * (rest_n_G + 1))
+    # 0 only where no image or every image of both sides changed; the means are the same there
+    error_G = np.sqrt(np.maximum(variance_G + rest_variance_G, np.finfo(np.float32).tiny))
+    return (mean_G - rest_mean_G) / error_G
 
 
 # --- corrections ------------------------------------------------------------------------------------------------------
