@@ -4,7 +4,7 @@ Which method where was decided by exact enumeration of every table of n images (
 repeats it); the numbers are the lowest coverage of 95 % intervals over true rates from 0.002 to 0.998:
 
 a rate, two-sided            `midp_interval`: exact binomial, half of the observed outcome's probability counted
-                             (Lancaster 1961; Berry & Armitage 1995): 93 % at n = 5, 20 and 200. Wilson's interval falls
+                             (Lancaster 1961; Berry & Armitage 1995): 92 % for n from 5 to 200. Wilson's interval falls
                              to 83 % (n = 5) and 85 % (n = 20) where about 0.2 successes are expected, which is where
                              flips of an 8-bit model are; Clopper & Pearson's never falls below 95 % and is 97.7 % on
                              average at n = 20; the bootstrap's percentile interval falls to 1 % (no success seen: the
