@@ -5,12 +5,14 @@
 A study of 500 finished cells is written into a temporary folder through Store's own API, with generated predictions:
 images differ in difficulty, models share it, and a quantized cell redraws the answer to some images, more at fewer
 bits. Two attributes, of 2 and 7 values, make 14 intersectional groups; the metrics are over the one with 7. Then
-`phases.analysis.analyse` runs in a process of its own. Times are wall-clock, of each step until the next one begins.
+`phases.analysis.analyse` runs in a process of its own. Times are of each step until the next one begins, on the clock
+and of the processors (all threads; what the step would take alone on one processor, whatever else the machine does).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -76,17 +78,19 @@ def analyse(config: Config, folder: Path) -> None:
     from phases import analysis
 
     planned = json.loads((folder / "planned.json").read_text())
-    started, steps = time.perf_counter(), []
-    analysis.analyse(config, Store(folder), planned, lambda *told: steps.append((told[2], time.perf_counter())))
-    ended = time.perf_counter()
-    print("| step | seconds |\n|---|---|")
-    for (what, begun), (_, until) in zip(steps, [*steps[1:], ("", ended)], strict=True):
-        if what != "done":
-            print(f"| {what} | {until - begun:.1f} |")
-    print(f"| all | {ended - started:.1f} |")
+    started, steps = clocks(), []
+    analysis.analyse(config, Store(folder), planned, lambda *told: steps.append((told[2], *clocks())))
+    print("| step | seconds | processor seconds |\n|---|---|---|")
+    for (what, *begun), (_, *until) in itertools.pairwise(steps):
+        print(f"| {what} | {until[0] - begun[0]:.1f} | {until[1] - begun[1]:.1f} |")
+    print(f"| all | {steps[-1][1] - started[0]:.1f} | {steps[-1][2] - started[1]:.1f} |")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     cores = len(os.sched_getaffinity(0))
     print(f"peak memory {peak:.2f} GiB; {cores} cores, load {os.getloadavg()[0]:.1f} (1 would be one busy core)")
+
+
+def clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def write_study(root: Path, config: Config, n_cells: int, n: int) -> dict[str, list[str]]:

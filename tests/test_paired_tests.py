@@ -20,6 +20,7 @@ from paired_tests import (
 from phases.analysis import load_test_set, planned_rows
 from rate_limits import midp_interval
 from result_rows import with_labels
+from significance import paired_difference_intervals
 from statistical_tests import cohens_d, fair_coins, flip_permutation_test, hedges_g, swap_test
 
 
@@ -100,20 +101,33 @@ def test_intersections_have_rows_of_groups_only_and_corrections_of_their_own(une
     assert (table["p_holm"] >= table["p_mcnemar"]).all()
 
 
-def test_intervals_of_metrics_are_those_of_a_bootstrap_of_the_pair_alone(unequal):
-    """Up to Monte-Carlo error: the joint replicates are the same distribution for every pair."""
-    from significance import paired_difference_intervals
+def test_intervals_of_metrics_are_those_of_a_bootstrap_of_the_pair_alone():
+    """Up to Monte-Carlo error: the joint replicates of a pair are distributed as if it were alone, both models on the
+    same images (of which they differ on 5 %)."""
+    test_set, rng = random_test_set(n=1500), np.random.default_rng(0)
+    first = test_set.predictions["a"]
+    second = np.where(rng.random(test_set.n) < 0.05, 1 - first, first).astype(np.int16)
+    test_set = TestSet(**{**vars(test_set), "predictions": {"a": first, "b": second}})
+    table = paired_significance(two_cells(), {"d": test_set}, 4000, 0.95).set_index("metric")
+    counts = paired_count_table(test_set.group_N, test_set.label_N, first, second, 3, 2)
+    for method, names in (("bca", ["balanced_accuracy"]), ("percentile", METRICS[2:])):
+        alone = paired_difference_intervals(counts, 20, 4000, method=method, generator=rng)
+        for name in names:
+            low, high = alone.intervals[name]
+            row = table.loc[name]
+            assert row["effect"] == pytest.approx(alone.observed[name]) and row["ci_method"] == method
+            assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high), abs=0.08 * (high - low)), name
 
-    rows, test_sets = unequal
-    table = paired_significance(rows, test_sets, 4000, 0.95)
-    row = table[(table["weight_bits"] == 4) & (table["metric"] == "equalized_odds_difference")].iloc[0]
-    test_set = test_sets["synthetic"]
-    predictions = (test_set.predictions[row[name]] for name in ("reference_cell", "cell"))
-    counts = paired_count_table(test_set.group_N, test_set.label_N, *predictions, 2, 2)
-    alone = paired_difference_intervals(counts, 20, 4000, generator=np.random.default_rng(0))
-    low, high = alone.intervals["equalized_odds_difference"]
-    assert row["effect"] == pytest.approx(alone.observed["equalized_odds_difference"])
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high), abs=0.06 * (high - low))
+
+def two_cells():
+    """Rows of an FP32 cell "a" and a quantized one "b"."""
+    identity = {"dataset": "d", "model": "m", "seed": 0, "options": None, "strategy": None, "baseline_cell": "a"}
+    return pd.DataFrame(
+        [
+            {**identity, "cell": "a", "method": "none", "weight_bits": np.nan, "activation_bits": np.nan},
+            {**identity, "cell": "b", "method": "ptq_static", "weight_bits": 8, "activation_bits": 8},
+        ]
+    )
 
 
 def test_effect_sizes_over_seeds_by_hand(tmp_path):
@@ -170,14 +184,7 @@ def test_replicates_do_not_depend_on_the_number_of_threads(monkeypatch):
 
 def test_changes_of_groups_add_up_to_the_change_of_all_in_every_replicate():
     test_set = random_test_set()
-    identity = {"dataset": "d", "model": "m", "seed": 0, "options": None, "strategy": None, "method": "none"}
-    rows = pd.DataFrame(
-        [
-            {**identity, "cell": "a", "baseline_cell": "a", "weight_bits": np.nan, "activation_bits": np.nan},
-            {**identity, "cell": "b", "baseline_cell": "a", "weight_bits": 8, "activation_bits": 8},
-        ]
-    )
-    study = JointBootstrap(with_labels(rows), {"d": test_set}, 300, 0.95)
+    study = JointBootstrap(with_labels(two_cells()), {"d": test_set}, 300, 0.95)
     pairs = study.pairs(study.rows)
     observed_P, all_BP = study.changes(pairs, "one")
     of_group_PG, of_group_BPG = study.group_changes(pairs, test_set.group_N, "another")

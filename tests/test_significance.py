@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binom, ks_2samp
+from scipy.stats import binom, bootstrap, ks_2samp
 
 import significance
-from group_counts import METRICS, count_table, group_metrics, paired_count_table, wilson_interval
+from group_counts import METRICS, count_table, group_metrics, group_rates, paired_count_table, wilson_interval
 from significance import bootstrap_intervals, paired_difference_intervals
 
 HAND = np.array([[[50, 10], [10, 30]], [[30, 20], [30, 20]], [[8, 2], [3, 7]]])
@@ -78,6 +78,40 @@ def test_intervals_contain_the_observed_value_and_are_the_quantiles_of_the_repli
         low, high = intervals[name]
         assert low < observed[name] < high
         np.testing.assert_allclose((low, high), np.quantile(replicates[name], [0.025, 0.975]), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "accuracy_gap", "worst_group_accuracy"])
+def test_bca_is_scipys(metric):
+    """Near a tie, where the replicates are far from centred on what was observed: the percentile ends are elsewhere."""
+    counts = np.array([[[40, 4], [3, 33]], [[30, 5], [6, 29]], [[26, 5], [6, 33]]])
+    rows_3N = rows_of(counts)
+
+    def statistic(*rows) -> float:
+        return float(group_metrics(count_table(*rows, 3, 2))[metric])
+
+    reference = bootstrap(
+        tuple(rows_3N), statistic, paired=True, vectorized=False, n_resamples=3000, method="BCa", rng=0
+    ).confidence_interval
+    low, high = bootstrap_intervals(counts, 1, 20_000, method="bca", generator=np.random.default_rng(0))[metric]
+    assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.06 * (high - low))
+    if metric != "accuracy":
+        percentile = bootstrap_intervals(counts, 1, 20_000, generator=np.random.default_rng(0))[metric]
+        assert np.abs(np.array(percentile) - (low, high)).max() > 0.1 * (high - low)
+
+
+def test_acceleration_of_a_rate_is_a_sixth_of_its_skewness():
+    counts = np.array([9, 91])  # wrong, right
+    left_out, n_C = significance.left_out_tables(counts)
+    found = significance.acceleration((left_out[1] / left_out.sum(axis=0))[None], n_C)
+    assert found == pytest.approx((1 - 2 * 0.91) / (6 * np.sqrt(100 * 0.91 * 0.09)))
+
+
+def test_all_intervals_are_those_of_the_metrics_and_the_quantiles_of_the_groups_rates():
+    everything = significance.all_intervals(HAND, 1, 500, generator=np.random.default_rng(4))
+    assert everything.metrics == bootstrap_intervals(HAND, 1, 500, generator=np.random.default_rng(4))
+    rates = group_rates(replicate_tables(HAND, 500, np.random.default_rng(4)))
+    for name in significance.GROUP_RATES:
+        np.testing.assert_allclose(everything.groups[name], np.quantile(rates[name], [0.025, 0.975], axis=0).T)
 
 
 def test_a_higher_level_is_a_wider_interval():
