@@ -32,9 +32,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import betaincinv, ndtri
 
 from group_counts import eligible_groups, group_metrics
+from rate_limits import difference_limits, paired_difference_limits, proportion_limits
 
 GAPS = (
     "demographic_parity_difference",
@@ -46,8 +46,6 @@ GAPS = (
 )
 DROP = "worst_group_drop"
 MIN_GROUP_SIZE = 20  # below it no limit says much
-CONTINUITY = 1.0  # images, against the claim, in Tango's score (Edwards 1948)
-BISECTIONS = 60
 
 
 @dataclass(frozen=True)
@@ -187,71 +185,6 @@ def smallest_certifiable(
         _largest_difference(c._replace(hits=c.n * (c.hits.sum() / c.n.sum())), level)[1].max() for c in comparisons
     ]
     return float(max(highs, default=np.nan))
-
-
-# --- of one rate, of two, of a pair of models -------------------------------------------------------------------------
-
-
-def proportion_limits(successes, n, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Clopper & Pearson's lower and upper limit of a proportion, each one-sided at `level`, elementwise; NaN where n is
-    0. Counts may be fractions (the beta distribution does not mind)."""
-    successes, n = np.broadcast_arrays(np.asarray(successes, float), np.asarray(n, float))
-    failures = n - successes
-    has_low, has_high = successes > 0, failures > 0
-    low = betaincinv(np.where(has_low, successes, 1), failures + 1, 1 - level)
-    high = betaincinv(successes + 1, np.where(has_high, failures, 1), level)
-    return (
-        np.where(n > 0, np.where(has_low, low, 0.0), np.nan),
-        np.where(n > 0, np.where(has_high, high, 1.0), np.nan),
-    )
-
-
-def difference_limits(successes_1, n_1, successes_2, n_2, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper limit of the difference of two independent proportions p_1 - p_2, each one-sided at `level`."""
-    low_1, high_1 = proportion_limits(successes_1, n_1, level)
-    low_2, high_2 = proportion_limits(successes_2, n_2, level)
-    with np.errstate(invalid="ignore"):
-        p_1, p_2 = np.true_divide(successes_1, n_1), np.true_divide(successes_2, n_2)
-    difference = p_1 - p_2
-    return difference - np.hypot(p_1 - low_1, high_2 - p_2), difference + np.hypot(high_1 - p_1, p_2 - low_2)
-
-
-def paired_difference_limits(
-    broken, mended, n, level: float, continuity: float = CONTINUITY
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tango's lower and upper limit of (broken - mended) / n, each one-sided at `level`, elementwise; NaN where n is 0.
-
-    Of n pairs, `broken` are successes of the first alone and `mended` of the second alone. With `continuity` 0 these
-    are the limits that Tango published.
-    """
-    broken, mended, n = np.broadcast_arrays(*(np.asarray(count, float) for count in (broken, mended, n)))
-    z = float(ndtri(level))
-    return -_tango_upper(mended, broken, n, z, continuity), _tango_upper(broken, mended, n, z, continuity)
-
-
-def tango_score(broken, mended, n, difference, continuity: float = 0.0) -> np.ndarray:
-    """Tango (1998), equations 24 to 26: (b - c - n d) / sqrt(n (2 q + d (1 - d))), q the maximum likelihood estimate of
-    the probability of `mended` where that of `broken` is larger by d; 0/0 is 0."""
-    a = 2 * n
-    b = -broken - mended + (2 * n - broken + mended) * difference
-    c = -mended * difference * (1 - difference)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        q = (np.sqrt(np.maximum(b * b - 4 * a * c, 0)) - b) / (2 * a)
-        variance = np.maximum(n * (2 * q + difference * (1 - difference)), 0)
-        distance = broken - mended - n * difference + continuity
-        return np.where(distance == 0, 0.0, distance / np.sqrt(variance))
-
-
-def _tango_upper(broken: np.ndarray, mended: np.ndarray, n: np.ndarray, z: float, continuity: float) -> np.ndarray:
-    """Where the score, which falls in the difference, reaches -z."""
-    with np.errstate(invalid="ignore"):
-        low = np.where(n > 0, (broken - mended) / n, np.nan)
-    high = np.ones_like(low)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        is_possible = tango_score(broken, mended, n, middle, continuity) > -z
-        low, high = np.where(is_possible, middle, low), np.where(is_possible, high, middle)
-    return np.where(np.isnan(low), np.nan, high)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

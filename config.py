@@ -843,8 +843,9 @@ class ReportBounds(Section):
 
 
 class Analysis(Section):
-    bootstrap_replicates: Annotated[int, Field(ge=100)] = 1000
+    bootstrap_replicates: Annotated[int, Field(ge=100)] = 10_000
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    equivalence_margin: Annotated[float, Field(gt=0, lt=100)] = 1.0  # points of accuracy: "as good as FP32" (TOST)
     attribute: str | None = None  # the sensitive attribute of the group metrics; None: the data set's first
     # what is claimed before the data are seen: `default` (all of HYPOTHESES), the name of one of them, or your own
     hypotheses: list[Annotated[Hypothesis, pydantic.BeforeValidator(_hypothesis_item)]] = Field(

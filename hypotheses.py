@@ -163,7 +163,7 @@ def accuracy_changes(
     pairs = study.pairs(study.rows)
     if pairs.empty:
         return pd.DataFrame(columns=list(CHANGE_COLUMNS))
-    observed_P, replicates_BP = study.changes(pairs, "accuracy_changes")
+    observed_P, replicates_BP = study.changes(pairs)
     found = []
     keys = ["dataset", "model", "setting", "setting_order", "width"]
     for key, block in pairs.groupby(keys, sort=False):

@@ -1,23 +1,33 @@
 """Joint resampling of the test images that all cells of a data set share.
 
-Every model is measured on the same images, so a replicate draws the images once for all of them, stratified by group:
-what the models have in common is kept, and averages over models get the interval that they deserve. All differences are
-paired (cell - reference on the same images) and in percentage points.
+Every model is measured on the same images, so a replicate draws the images once for all of them: what the models have
+in common is kept, and averages over models get the interval that they deserve. All differences are paired (cell -
+reference on the same images) and in percentage points.
+
+A replicate is a weight for each image, how often it was drawn. What is asked of it are counts: how many images of a
+(group, label) got a prediction, in hundreds of cells. That is a matrix product of the weights with what was predicted,
+in float32, which is exact for counts below 2^24.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
-from group_counts import group_metrics
-from result_rows import main_settings
+from batched_metrics import table_metrics
+from group_counts import METRICS
 from store import seed_for
 
+BLOCK = 250  # replicates drawn by one generator, so that the draws do not depend on how many threads there are
+MAX_THREADS = 4  # each holds a block
 COLLAPSED = 0.99  # share of one predicted class
 
 
@@ -63,86 +73,49 @@ class JointBootstrap:
     replicates: int
     level: float
 
-    @property
-    def equivalence_level(self) -> float:
-        return round(1 - 2 * (1 - self.level), 10)
-
     def pairs(self, rows: pd.DataFrame) -> pd.DataFrame:
         """The rows that have a finished FP32 cell to be compared with."""
         done = {cell for test_set in self.test_sets.values() for cell in test_set.predictions}
         has_both = rows["baseline_cell"].isin(done) & rows["cell"].isin(done) & (rows["cell"] != rows["baseline_cell"])
         return rows[has_both].reset_index(drop=True)
 
-    def main_pairs(self, width: str) -> pd.DataFrame:
-        """The cells of the main plain setting of a width; none where that setting is not PTQ static."""
-        settings = main_settings(self.rows)
-        rows = self.rows[self.rows["setting"].isin(settings) & (self.rows["width"] == width)]
-        return self.pairs(rows[rows["method"] == "ptq_static"])
-
     def eligible_groups(self, dataset: str) -> np.ndarray:
         test_set = self.test_sets[dataset]
         return test_set.eligible(test_set.group_N, test_set.group_names)
 
-    def changes(self, pairs: pd.DataFrame, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-        """Accuracy of each pair, cell - reference, in points: observed (P,) and resampled (B, P)."""
+    def changes(self, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Accuracy of each pair, cell - FP32, in points: observed (P,) and resampled (B, P)."""
         observed_P, replicates_BP = np.empty(len(pairs)), np.empty((self.replicates, len(pairs)))
         for name, block in pairs.groupby("dataset", sort=False):
-            at, n = block.index.to_numpy(), self.test_sets[name].n
-            sums_PG, sums_BPG = self._hits(block, self.test_sets[name].group_N, purpose)
-            observed_P[at] = 100 * sums_PG.sum(axis=-1) / n
-            replicates_BP[:, at] = 100 * sums_BPG.sum(axis=-1) / n
+            test_set, at = self.test_sets[name], block.index.to_numpy()
+            won_NP = np.stack(
+                [
+                    test_set.correct(cell).astype(np.float32) - test_set.correct(reference)
+                    for cell, reference in zip(block["cell"], block["baseline_cell"], strict=True)
+                ],
+                axis=1,
+            )
+            observed_P[at], replicates_BP[:, at] = self.sums(name, won_NP * (100 / test_set.n))
         return observed_P, replicates_BP
-
-    def group_changes(self, pairs: pd.DataFrame, codes_N: np.ndarray, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-        """Likewise for each group of one data set: (P, G) and (B, P, G); an empty group is NaN."""
-        n_G = np.bincount(codes_N).astype(float)
-        sums_PG, sums_BPG = self._hits(pairs, codes_N, purpose)
-        with np.errstate(invalid="ignore"):
-            return 100 * sums_PG / n_G, 100 * sums_BPG / n_G
 
     def sums(self, dataset: str, values_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum of each column over the images of a data set: observed (C,) and, resampled, (B, C).
 
-        The intersectional groups keep their sizes. Any effect whose value for each image is known, such as a group's
-        rate (to first order), is such a sum, so that all questions about a data set are one product of matrices.
+        Any effect whose value for each image is known, such as a group's rate (to first order), is such a sum, so that
+        all questions about a data set are one product of matrices.
         """
         test_set = self.test_sets[dataset]
         observed_C = values_NC.sum(axis=0, dtype=np.float64)
         centred_NC = (values_NC - observed_C / test_set.n).astype(np.float32)  # what float32 rounds is the deviation
         replicates_BC = np.empty((self.replicates, values_NC.shape[1]))
-        generator = np.random.default_rng(seed_for("analysis", "bootstrap", "sums", dataset))
-        for part in _chunks(self.replicates, test_set.n):
-            weights_BN = _stratified_weights(test_set.intersection_N, part.stop - part.start, generator)
-            replicates_BC[part] = weights_BN @ centred_NC
+        weights_BN = image_weights(test_set, self.replicates)
+
+        def one_block(part: slice) -> None:
+            replicates_BC[part] = weights_BN[part].astype(np.float32) @ centred_NC
+
+        in_blocks(one_block, self.replicates)
         replicates_BC += observed_C
         return observed_C, replicates_BC
-
-    def worst_group_excess(self, pairs: pd.DataFrame, purpose: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Loss of the FP32 model's worst group minus loss of all, cross-fitted: (P,), (B, P), and the groups chosen."""
-        observed_P, replicates_BP = np.zeros(len(pairs)), np.zeros((self.replicates, len(pairs)))
-        chosen: list[str] = []
-        for name, block in pairs.groupby("dataset", sort=False):
-            test_set = self.test_sets[name]
-            half_N = halves(test_set)
-            n_groups = len(test_set.group_names)
-            codes_N = test_set.group_N + n_groups * half_N
-            n_HG = np.bincount(codes_N, minlength=2 * n_groups).reshape(2, n_groups).astype(float)
-            sums_PS, sums_BPS = self._hits(block.reset_index(drop=True), codes_N, purpose, 2 * n_groups)
-            for p, (position, row) in enumerate(block.iterrows()):
-                correct_N = test_set.correct(row["baseline_cell"])
-                hits_HG = np.bincount(codes_N, weights=correct_N, minlength=2 * n_groups).reshape(2, n_groups)
-                eligible = self.eligible_groups(name)
-                eligible = eligible[(n_HG[:, eligible] > 0).all(axis=0)]
-                for half in (0, 1):
-                    worst = eligible[np.argmin(hits_HG[half, eligible] / n_HG[half, eligible])]
-                    chosen.append(str(test_set.group_names[worst]))
-                    other = 1 - half
-                    at = slice(other * n_groups, (other + 1) * n_groups)
-                    for sums, into in ((sums_PS[p], observed_P), (sums_BPS[:, p], replicates_BP.T)):
-                        gain = sums[..., other * n_groups + worst] / n_HG[other, worst]
-                        overall = sums[..., at].sum(axis=-1) / n_HG[other].sum()
-                        into[position] += 100 * (overall - gain) / 2
-        return observed_P, replicates_BP, sorted(set(chosen))
 
     def gap_changes(self, pairs: pd.DataFrame, metric: str, purpose: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Metric of cell - reference in points: observed (P,), bootstrap (B, P), and under random swaps (B, P)."""
@@ -152,92 +125,135 @@ class JointBootstrap:
             test_set, at = self.test_sets[name], block.index.to_numpy()
             eligible_G = np.zeros(len(test_set.group_names), dtype=bool)
             eligible_G[self.eligible_groups(name)] = True
-            both_N2P = np.stack(
-                [np.stack([test_set.predictions[c] for c in block[k]], axis=1) for k in ("cell", "reference")], axis=1
-            )
+            cells = [*block["cell"], *block["reference"]]
+            tables = ReplicateTables(test_set, cells, test_set.group_N, len(test_set.group_names))
+            weights_BN = image_weights(test_set, self.replicates)
+            whole = tables.count(np.ones((1, test_set.n), dtype=np.float32))
 
-            def change(
-                weights_BN, swap_BN=None, test_set=test_set, eligible_G=eligible_G, both_N2P=both_N2P
-            ) -> np.ndarray:
-                counts_B2PGLK = _weighted_counts(weights_BN, test_set, both_N2P)
-                if swap_BN is not None:  # an image whose two predictions change places
-                    moved_B2PGLK = _weighted_counts(swap_BN, test_set, both_N2P)
-                    counts_B2PGLK = counts_B2PGLK - moved_B2PGLK + moved_B2PGLK[:, ::-1]
-                values_B2P = group_metrics(counts_B2PGLK, eligible=eligible_G)[metric]
-                return 100 * (values_B2P[:, 0] - values_B2P[:, 1])
+            def change(counts_GLKBX, eligible_G=eligible_G) -> np.ndarray:
+                values_B2P = table_metrics(counts_GLKBX, eligible_G)[METRICS.index(metric)]
+                first, second = np.split(values_B2P, 2, axis=-1)
+                return 100 * (first - second)
 
-            ones_1N = np.ones((1, test_set.n), dtype=np.float32)
-            observed_P[at] = change(ones_1N)[0]
-            bootstrap = np.random.default_rng(seed_for("analysis", "bootstrap", purpose, name))
-            swaps = np.random.default_rng(seed_for("analysis", "swaps", purpose, name))
-            cells = 2 * len(block) * len(eligible_G) * test_set.n_classes**2
-            for part in _chunks(self.replicates, test_set.n + cells):
-                size = part.stop - part.start
-                replicates_BP[part, at] = change(_stratified_weights(test_set.group_N, size, bootstrap))
-                swap_BN = swaps.integers(0, 2, size=(size, test_set.n)).astype(np.float32)
-                swapped_BP[part, at] = change(ones_1N, swap_BN)
+            def one_block(part: slice, tables=tables, weights_BN=weights_BN, whole=whole, name=name, at=at) -> None:
+                replicates_BP[part, at] = change(tables.count(weights_BN[part]))
+                # an image whose two predictions change places, in every pair at once
+                generator = np.random.default_rng(seed_for("analysis", "swaps", purpose, name, part.start))
+                size, n = part.stop - part.start, weights_BN.shape[1]
+                bits = np.frombuffer(generator.bytes(size * -(-n // 8)), dtype=np.uint8).reshape(size, -1)
+                moved = tables.count(np.unpackbits(bits, axis=1)[:, :n])
+                there, back = np.split(moved, 2, axis=-1)
+                swapped_BP[part, at] = change(whole - moved + np.concatenate([back, there], axis=-1))
+
+            observed_P[at] = change(whole)[0]
+            in_blocks(one_block, self.replicates)
         return observed_P, replicates_BP, swapped_BP
 
-    def _hits(
-        self, pairs: pd.DataFrame, strata_N: np.ndarray, purpose: str, n_strata: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Images won minus images lost against FP32 in each stratum of one data set: (P, S) and, resampled, (B, P, S).
 
-        The images of a replicate are the same for every pair.
-        """
-        name = pairs["dataset"].iloc[0]
-        test_set = self.test_sets[name]
-        n_strata = n_strata or int(strata_N.max()) + 1
-        won_NP = np.stack(
-            [
-                test_set.correct(cell).astype(np.float32) - test_set.correct(reference)
-                for cell, reference in zip(pairs["cell"], pairs["baseline_cell"], strict=True)
-            ],
-            axis=1,
-        ).astype(np.float32)
-        members = [np.flatnonzero(strata_N == s) for s in range(n_strata)]
-        observed_PS = np.stack([won_NP[member].sum(axis=0) for member in members], axis=-1).astype(float)
-        replicates_BPS = np.empty((self.replicates, len(pairs), n_strata))
-        generator = np.random.default_rng(seed_for("analysis", "bootstrap", purpose, name))
-        for part in _chunks(self.replicates, test_set.n):
-            weights_BN = _stratified_weights(strata_N, part.stop - part.start, generator)
-            for s, member in enumerate(members):
-                replicates_BPS[part, :, s] = weights_BN[:, member] @ won_NP[member]
-        return observed_PS, replicates_BPS
+# ----------------------------------------------------------------------------------------------------------- replicates
 
 
-def _stratified_weights(strata_N: np.ndarray, replicates: int, generator: np.random.Generator) -> np.ndarray:
-    """(B, N): how often each image is drawn when every stratum is resampled with replacement to its own size."""
-    weights_BN = np.zeros((replicates, len(strata_N)), dtype=np.float32)
-    for stratum in np.unique(strata_N):
-        member = np.flatnonzero(strata_N == stratum)
-        drawn_BM = generator.integers(0, len(member), size=(replicates, len(member)))
-        drawn_BM += len(member) * np.arange(replicates)[:, None]
-        counts = np.bincount(drawn_BM.ravel(), minlength=replicates * len(member))
-        weights_BN[:, member] = counts.reshape(replicates, len(member))
+def image_weights(test_set: TestSet, replicates: int) -> np.ndarray:
+    """(B, N) uint8: how often each image is drawn when every intersectional group is resampled with replacement to its
+    own size, so that the sizes of all groups are those of the test set."""
+    codes = np.ascontiguousarray(test_set.intersection_N, dtype=np.int32)
+    return _image_weights(test_set.dataset, codes.tobytes(), replicates)
+
+
+@functools.lru_cache(maxsize=2)  # every question about a data set is asked of the same images
+def _image_weights(dataset: str, codes: bytes, replicates: int) -> np.ndarray:
+    codes_N = np.frombuffer(codes, dtype=np.int32)
+    place_N = np.argsort(np.argsort(codes_N, kind="stable"))  # of each image where the groups stand one after another
+    sizes = np.unique(codes_N, return_counts=True)[1]
+    weights_BN = np.empty((replicates, len(codes_N)), dtype=np.uint8)
+
+    def one_block(part: slice) -> None:
+        generator = np.random.default_rng(seed_for("analysis", "images", dataset, part.start))
+        drawn_BN = np.empty((part.stop - part.start, len(codes_N)), dtype=np.uint32)
+        for start, size in zip(np.cumsum(sizes) - sizes, sizes, strict=True):
+            at = slice(start, start + size)
+            drawn_BN[:, at] = start + generator.integers(0, size, (len(drawn_BN), size), dtype=np.uint32)
+        for b, drawn_N in enumerate(drawn_BN, start=part.start):
+            weights_BN[b] = np.bincount(drawn_N, minlength=len(codes_N))[place_N]
+
+    in_blocks(one_block, replicates)
+    weights_BN.setflags(write=False)
     return weights_BN
 
 
-def _weighted_counts(weights_BN: np.ndarray, test_set: TestSet, predictions_NXP: np.ndarray) -> np.ndarray:
-    """(B, X, P, G, L, K) count tables of predictions (N, X, P) with the images weighted by (B, N)."""
-    n_groups, k = len(test_set.group_names), test_set.n_classes
-    shape = predictions_NXP.shape[1:]
-    counts = np.zeros((len(weights_BN), *shape, n_groups, k, k))
-    for g in range(n_groups):
-        for label in range(k):
-            member = np.flatnonzero((test_set.group_N == g) & (test_set.label_N == label))
-            if len(member):
-                is_class = (predictions_NXP[member][..., None] == np.arange(k)).astype(np.float32)
-                totals = weights_BN[:, member] @ is_class.reshape(len(member), -1)
-                counts[..., g, label, :] = totals.reshape(len(weights_BN), *shape, k)
-    return counts
+class ReplicateTables:
+    """Counts of (group, label, prediction) in many cells, for images with weights."""
+
+    def __init__(self, test_set: TestSet, cells: Sequence[str], codes_N: np.ndarray, n_groups: int):
+        self.shape = (n_groups, test_set.n_classes, test_set.n_classes)
+        self.n_cells = len(cells)
+        self.members, self.is_class = {}, {}
+        for g in range(n_groups):
+            for label in range(test_set.n_classes):
+                member = np.flatnonzero((codes_N == g) & (test_set.label_N == label))
+                if not len(member):
+                    continue
+                predicted_NC = np.stack([test_set.predictions[cell][member] for cell in cells], axis=1)
+                self.members[g, label] = member
+                self.is_class[g, label] = [(predicted_NC == k).astype(np.float32) for k in range(1, test_set.n_classes)]
+
+    def count(self, weights_BN: np.ndarray) -> np.ndarray:
+        """(G, L, K, B, C) float32."""
+        tables = np.zeros((*self.shape, len(weights_BN), self.n_cells), dtype=np.float32)
+        for (g, label), member in self.members.items():
+            weights_BM = weights_BN[:, member].astype(np.float32, copy=False)
+            of_label_KBC = tables[g, label]
+            of_label_KBC[0] = weights_BM.sum(axis=1, keepdims=True)
+            for k, is_class_MC in enumerate(self.is_class[g, label], start=1):
+                np.matmul(weights_BM, is_class_MC, out=of_label_KBC[k])
+                of_label_KBC[0] -= of_label_KBC[k]
+        return tables
 
 
-def _chunks(total: int, width: int, budget: int = 8_000_000) -> Iterator[slice]:
-    """Slices of `range(total)` such that `slice x width` numbers stay within the budget."""
-    step = max(1, budget // max(1, width))
-    for start in range(0, total, step):
-        yield slice(start, min(total, start + step))
+def resampled_metrics(
+    test_set: TestSet, cells: Sequence[str], replicates: int, eligible_G: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every metric of every cell: observed (M, C), and (M, C, B) for the same N images drawn from all N for all cells
+    (the nonparametric bootstrap; here the sizes of the groups vary). float32, both computed by the same operations."""
+    tables = ReplicateTables(test_set, cells, test_set.group_N, len(test_set.group_names))
+    n = test_set.n
+    values_MCB = np.empty((len(METRICS), len(cells), replicates), dtype=np.float32)
+
+    def one_block(part: slice) -> None:
+        generator = np.random.default_rng(seed_for("analysis", "metrics", test_set.dataset, part.start))
+        weights_BN = np.empty((part.stop - part.start, n), dtype=np.float32)
+        for weights_N in weights_BN:
+            weights_N[:] = np.bincount(generator.integers(0, n, n, dtype=np.uint32), minlength=n)
+        values_MCB[:, :, part] = table_metrics(tables.count(weights_BN), eligible_G).swapaxes(1, 2)
+
+    in_blocks(one_block, replicates)
+    observed_MC = table_metrics(tables.count(np.ones((1, n), dtype=np.float32)), eligible_G)[:, 0]
+    return observed_MC, values_MCB
+
+
+def in_blocks(one_block: Callable[[slice], None], replicates: int) -> None:
+    """`one_block` for each slice of at most BLOCK replicates, several at a time."""
+    parts = [slice(start, min(replicates, start + BLOCK)) for start in range(0, replicates, BLOCK)]
+    for _ in in_threads(one_block, parts):
+        pass
+
+
+def in_threads(function: Callable, items: Sequence) -> Iterator:
+    """function(item) for each, in order; as many at a time as there are processors (OMP_NUM_THREADS, where it is set).
+    What is called runs outside Python's lock for the most part. BLAS gets one thread: several of its own would wait for
+    each other."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(MAX_THREADS, int(asked) if asked.isdecimal() and int(asked) > 0 else available)
+    with threadpool_limits(1, user_api="blas"):
+        if threads == 1:
+            yield from map(function, items)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(function, items)
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
 
 
 def halves(test_set: TestSet) -> np.ndarray:

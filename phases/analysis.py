@@ -26,30 +26,24 @@ import visualizations
 import winners
 from config import Config
 from configurations import accuracy_intervals, configurations
-from group_counts import METRICS, intersect
+from group_counts import intersect
 from joint_bootstrap import COLLAPSED, TestSet
+from paired_tests import flip_table, intersection_significance, paired_significance, seed_effects
 from phases.plan import plan
 from recommendation import Bounds
-from result_rows import main_settings, model_label, plain_counterparts, with_labels
-from significance import holm, mcnemar_midp, paired_count_table, paired_difference_intervals
+from result_rows import main_settings, model_label, with_labels
 from store import (
     INTERSECTION,
     ROW_COLUMNS,
     MissingArtifactError,
     Store,
     StoreError,
-    seed_for,
     write_bytes,
     write_json,
     write_text,
 )
 
 FIGURE_DPI = 200
-SIGNIFICANCE_COLUMNS = (
-    "cell", "reference_cell", "comparison", "dataset", "model", "seed", "method", "strategy", "weight_bits",
-    "activation_bits", "options", "attribute", "metric", "group", "n", "effect", "ci_low", "ci_high", "gained", "lost",
-    "p_mcnemar", "p_holm",
-)  # fmt: skip
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what is being done)
 
@@ -84,8 +78,16 @@ def analyse(
     replicates, level = config.analysis.bootstrap_replicates, config.analysis.confidence
 
     tell("paired differences")
-    significance = paired_significance(done, test_sets, replicates, level)
-    write_text(store.analysis / "significance.csv", significance.to_csv(index=False))
+    margin = config.analysis.equivalence_margin / 100
+    significance = paired_significance(done, test_sets, replicates, level, margin)
+    crossed = intersection_significance(done, test_sets, replicates, level, margin)
+    for name, table in (
+        ("significance", significance),
+        ("significance_intersections", crossed),
+        ("flips", flip_table(done, test_sets, level)),
+        ("seed_effects", seed_effects(done)),
+    ):
+        write_text(store.analysis / f"{name}.csv", table.to_csv(index=False))
 
     tell("hypotheses")
     changes = hypotheses.accuracy_changes(done, test_sets, replicates, level)
@@ -301,82 +303,6 @@ def load_test_set(config: Config, store: Store, dataset: str, rows: pd.DataFrame
         min_group_size=config.data.min_group_size,
         predictions=predictions,
     )
-
-
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
-def paired_significance(
-    rows: pd.DataFrame, test_sets: Mapping[str, TestSet], replicates: int, level: float
-) -> pd.DataFrame:
-    """Paired differences of each finished cell from FP32, and of each mitigated cell from its plain counterpart.
-
-    One row a (pair, metric) over all images (group 'all') and one a (pair, group) for accuracy: effect and its
-    bootstrap interval as shares; for accuracy also the images gained and lost, McNemar's mid-p (Fagerland et al. 2013),
-    and that p corrected by Holm over all pairs of the same comparison (the groups are a family of their own). Read the
-    intervals of gaps as spread, see significance.py.
-    """
-    done = {cell for test_set in test_sets.values() for cell in test_set.predictions}
-    rows = rows[rows["cell"].isin(done)]
-    counterparts = plain_counterparts(rows)
-    found = []
-    for comparison in ("fp32", "plain"):
-        for row in rows.to_dict("records"):
-            reference = row["baseline_cell"] if comparison == "fp32" else counterparts.get(row["cell"])
-            if reference not in done or reference == row["cell"]:
-                continue
-            found += _pair_rows(row, reference, comparison, test_sets[row["dataset"]], replicates, level)
-    table = pd.DataFrame(found, columns=list(SIGNIFICANCE_COLUMNS))
-    table["p_holm"] = np.nan
-    for _, family in table[table["p_mcnemar"].notna()].groupby(["comparison", table["group"] == "all"]):
-        table.loc[family.index, "p_holm"] = holm(family["p_mcnemar"].to_numpy())
-    return table
-
-
-def _pair_rows(
-    row: dict, reference: str, comparison: str, test_set: TestSet, replicates: int, level: float
-) -> list[dict]:
-    counts_GLFQ = paired_count_table(
-        test_set.group_N,
-        test_set.label_N,
-        test_set.predictions[reference],
-        test_set.predictions[row["cell"]],
-        len(test_set.group_names),
-        test_set.n_classes,
-    )
-    generator = np.random.default_rng(seed_for("analysis", "paired", row["cell"], reference))
-    paired = paired_difference_intervals(counts_GLFQ, test_set.min_group_size, replicates, level, generator=generator)
-    won_N = test_set.correct(row["cell"]) & ~test_set.correct(reference)
-    lost_N = test_set.correct(reference) & ~test_set.correct(row["cell"])
-    identity = {name: row.get(name) for name in SIGNIFICANCE_COLUMNS if name in ROW_COLUMNS and name != "cell"}
-    common = {
-        "cell": row["cell"],
-        "reference_cell": reference,
-        "comparison": comparison,
-        **identity,
-        "attribute": test_set.attribute,
-    }
-    found = []
-    for metric in METRICS:
-        low, high = paired.intervals[metric]
-        entry = {**common, "metric": metric, "group": "all", "n": test_set.n, "effect": paired.observed[metric]}
-        entry |= {"ci_low": low, "ci_high": high}
-        if metric == "accuracy":
-            entry |= _mcnemar(int(won_N.sum()), int(lost_N.sum()))
-        found.append(entry)
-    for g, name in enumerate(test_set.group_names):
-        is_member = test_set.group_N == g
-        if not is_member.any():
-            continue
-        low, high = paired.group_accuracy_intervals_G2[g]
-        entry = {**common, "metric": "accuracy", "group": name, "n": int(is_member.sum())}
-        entry |= {"effect": float(paired.group_accuracy_G[g]), "ci_low": float(low), "ci_high": float(high)}
-        found.append(entry | _mcnemar(int(won_N[is_member].sum()), int(lost_N[is_member].sum())))
-    return found
-
-
-def _mcnemar(gained: int, lost: int) -> dict:
-    return {"gained": gained, "lost": lost, "p_mcnemar": mcnemar_midp(gained, lost)}
 
 
 # ------------------------------------------------------------------------------------------------------------- findings

@@ -61,11 +61,15 @@ def test_significance_holds_the_planted_effects(tmp_path, low_resolution):
     assert (accuracy["ci_high"] < 0).all() and (accuracy["p_holm"] < 1e-6).all()
     gap = four[four["metric"] == "accuracy_gap"]["effect"].item()
     assert gap == pytest.approx(abs(702 / 780 - 70 / 780 - (378 / 420 - 76 / 420)))
-    # the cells that lose nothing differ by nothing
+    # the cells that lose nothing differ by nothing; how little n images can exclude is Tango's z² / (n + z²)
     eight = table[(table["weight_bits"] == 8) & (table["metric"] == "accuracy")]
-    assert (eight[["effect", "ci_low", "ci_high", "gained", "lost"]] == 0).all(axis=None) and (
-        eight["p_holm"] == 1
-    ).all()
+    assert (eight[["effect", "gained", "lost", "flips"]] == 0).all(axis=None) and (eight["p_holm"] == 1).all()
+    z2 = 1.959964**2
+    assert eight["ci_high"].to_numpy() == pytest.approx(z2 / (eight["n"] + z2), rel=1e-6)
+    assert eight["ci_low"].to_numpy() == pytest.approx(-eight["ci_high"].to_numpy())
+    # the worse of both groups is male: (1 - 420 x 0.01) / sqrt(420 x 0.01 x 0.99) = -1.569
+    every = eight.loc[(eight["group"] == "all") & (eight["comparison"] == "fp32"), "tost_p_every_group"]
+    assert every.to_numpy() == pytest.approx(0.0583, abs=2e-4)
     # mitigated - plain: all 146 are won back
     won = table[(table["comparison"] == "plain") & (table["weight_bits"] == 4) & (table["metric"] == "accuracy")]
     assert won.set_index("group").loc["all", ["gained", "lost"]].tolist() == [146, 0]

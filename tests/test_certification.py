@@ -11,16 +11,13 @@ import certification
 from certification import (
     DROP,
     GAPS,
-    difference_limits,
     gap_bounds,
-    paired_difference_limits,
-    proportion_limits,
     smallest_certifiable,
-    tango_score,
     worst_group_accuracy_bounds,
     worst_group_drop_bounds,
 )
 from group_counts import group_metrics, paired_count_table
+from rate_limits import difference_limits, paired_difference_limits, proportion_limits, tango_score
 
 TRIALS = 4000
 ERROR = 5 * np.sqrt(0.05 * 0.95 / TRIALS)  # five standard errors of 5 % in TRIALS

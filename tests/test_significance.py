@@ -2,14 +2,19 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binom, ks_2samp
+from scipy.stats import binom, bootstrap, ks_2samp
 
 import significance
-from group_counts import METRICS, count_table, group_metrics, paired_count_table, wilson_interval
+from group_counts import METRICS, count_table, group_metrics, group_rates, paired_count_table, wilson_interval
 from significance import bootstrap_intervals, paired_difference_intervals
 
 HAND = np.array([[[50, 10], [10, 30]], [[30, 20], [30, 20]], [[8, 2], [3, 7]]])
 LARGE_GAP = np.array([[[180, 20], [20, 180]], [[110, 90], [90, 110]]])  # group 0 better by 0.35, far from a tie
+
+
+def replicate_tables(*arguments):
+    """(B, G, L, P)"""
+    return np.concatenate([np.moveaxis(b, -1, 0) for b in significance._resampled(*arguments)])
 
 
 def rows_of(counts):
@@ -37,7 +42,7 @@ def test_multinomial_replicates_are_distributed_as_resampled_rows():
         chosen = generator.integers(0, n, n)
         rows.append(count_table(group_N[chosen], label_N[chosen], prediction_N[chosen], 3, 2))
     by_rows = group_metrics(np.stack(rows))
-    by_cells = group_metrics(np.concatenate(list(significance._resampled(HAND, replicates, generator))))
+    by_cells = group_metrics(replicate_tables(HAND, replicates, generator))
     for name in METRICS:
         spread = by_rows[name].std()
         # Five standard errors of a difference of means, and of standard deviations, of 2000 draws.
@@ -48,7 +53,7 @@ def test_multinomial_replicates_are_distributed_as_resampled_rows():
 
 def test_replicates_have_the_moments_of_the_multinomial():
     replicates = 20_000
-    tables = np.concatenate(list(significance._resampled(HAND, replicates, np.random.default_rng(0))))
+    tables = replicate_tables(HAND, replicates, np.random.default_rng(0))
     assert (tables.sum(axis=(1, 2, 3)) == HAND.sum()).all()
     p = HAND / HAND.sum()
     standard_error = np.sqrt(HAND.sum() * p * (1 - p) / replicates)
@@ -60,19 +65,53 @@ def test_replicates_have_the_moments_of_the_multinomial():
 
 def test_an_empty_cell_stays_empty():
     counts = np.array([[[7, 0], [0, 3]], [[0, 0], [5, 0]]])
-    tables = np.concatenate(list(significance._resampled(counts, 500, np.random.default_rng(0))))
+    tables = replicate_tables(counts, 500, np.random.default_rng(0))
     assert not tables[:, counts == 0].any()
 
 
 def test_intervals_contain_the_observed_value_and_are_the_quantiles_of_the_replicates():
     intervals = bootstrap_intervals(LARGE_GAP, 1, replicates=800, generator=np.random.default_rng(3))
-    tables = np.concatenate(list(significance._resampled(LARGE_GAP, 800, np.random.default_rng(3))))
+    tables = replicate_tables(LARGE_GAP, 800, np.random.default_rng(3))
     replicates, observed = group_metrics(tables), group_metrics(LARGE_GAP)
     assert tuple(intervals) == METRICS
     for name in ("accuracy", "accuracy_gap", "worst_group_accuracy", "equalized_odds_difference"):
         low, high = intervals[name]
         assert low < observed[name] < high
         np.testing.assert_allclose((low, high), np.quantile(replicates[name], [0.025, 0.975]), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "accuracy_gap", "worst_group_accuracy"])
+def test_bca_is_scipys(metric):
+    """Near a tie, where the replicates are far from centred on what was observed: the percentile ends are elsewhere."""
+    counts = np.array([[[40, 4], [3, 33]], [[30, 5], [6, 29]], [[26, 5], [6, 33]]])
+    rows_3N = rows_of(counts)
+
+    def statistic(*rows) -> float:
+        return float(group_metrics(count_table(*rows, 3, 2))[metric])
+
+    reference = bootstrap(
+        tuple(rows_3N), statistic, paired=True, vectorized=False, n_resamples=3000, method="BCa", rng=0
+    ).confidence_interval
+    low, high = bootstrap_intervals(counts, 1, 20_000, method="bca", generator=np.random.default_rng(0))[metric]
+    assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.06 * (high - low))
+    if metric != "accuracy":
+        percentile = bootstrap_intervals(counts, 1, 20_000, generator=np.random.default_rng(0))[metric]
+        assert np.abs(np.array(percentile) - (low, high)).max() > 0.1 * (high - low)
+
+
+def test_acceleration_of_a_rate_is_a_sixth_of_its_skewness():
+    counts = np.array([9, 91])  # wrong, right
+    left_out, n_C = significance.left_out_tables(counts)
+    found = significance.acceleration((left_out[1] / left_out.sum(axis=0))[None], n_C)
+    assert found == pytest.approx((1 - 2 * 0.91) / (6 * np.sqrt(100 * 0.91 * 0.09)))
+
+
+def test_all_intervals_are_those_of_the_metrics_and_the_quantiles_of_the_groups_rates():
+    everything = significance.all_intervals(HAND, 1, 500, generator=np.random.default_rng(4))
+    assert everything.metrics == bootstrap_intervals(HAND, 1, 500, generator=np.random.default_rng(4))
+    rates = group_rates(replicate_tables(HAND, 500, np.random.default_rng(4)))
+    for name in significance.GROUP_RATES:
+        np.testing.assert_allclose(everything.groups[name], np.quantile(rates[name], [0.025, 0.975], axis=0).T)
 
 
 def test_a_higher_level_is_a_wider_interval():
@@ -125,7 +164,7 @@ def test_an_interval_is_undefined_where_the_metric_is(counts):
 def test_undefined_replicates_are_ignored():
     # One positive in group 1: about 37 % of the replicates have none, and then no equal-opportunity difference.
     counts = np.array([[[20, 0], [10, 10]], [[20, 0], [0, 1]]])
-    tables = np.concatenate(list(significance._resampled(counts, 500, np.random.default_rng(0))))
+    tables = replicate_tables(counts, 500, np.random.default_rng(0))
     is_undefined_B = np.isnan(group_metrics(tables)["equal_opportunity_difference"])
     assert 0.25 < is_undefined_B.mean() < 0.5
     low, high = bootstrap_intervals(counts, 1, 500, generator=np.random.default_rng(0))["equal_opportunity_difference"]

@@ -1,0 +1,350 @@
+"""The paired comparisons of a study as tables: every quantized cell with its FP32 model of the same seed, every repair
+with its plain counterpart. From the saved predictions alone.
+
+`paired_significance` is significance.csv, one row a (comparison, metric) over all images (group "all") and one a
+(comparison, group) for accuracy:
+
+effect, ci_low, ci_high    the difference as a share; `ci_method` says which interval: tango (accuracies,
+                           rate_limits.py), bca or percentile (metrics, significance.py; those of gaps are a
+                           description of spread)
+gained, lost, p_mcnemar    of accuracies: images that became right, wrong; McNemar's mid-p
+p_max_t                    of groups: that this group loses more than the others, corrected over the groups of a
+                           comparison; of accuracy over all: that any group does
+p_swap, p_group            of metrics: swap_test and flip_permutation_test of statistical_tests.py; for fairness against
+                           FP32, p_group is the one
+p_holm, p_bh               p_mcnemar, of gaps p_group, corrected over all comparisons of a kind (the groups are a family
+                           of their own, every metric too)
+tost_p                     of accuracies: equivalence within ±margin; `tost_p_every_group`, of accuracy over all: that
+                           every large enough group is within it
+flips                      images whose predicted class changed
+mde                        of accuracies: the smallest difference that McNemar's test would have found with power 0.8
+
+NaN where a column does not apply or is undefined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from group_counts import METRICS, paired_count_table
+from joint_bootstrap import TestSet, in_threads, resampled_metrics
+from rate_limits import equivalence_p, midp_interval, paired_difference_interval
+from result_rows import plain_counterparts
+from significance import acceleration, interval_ends, left_out_tables, paired_differences
+from statistical_tests import (
+    benjamini_hochberg,
+    cohens_d,
+    detectable_difference,
+    flip_permutation_test,
+    hedges_g,
+    holm,
+    max_t_losses,
+    mcnemar_midp,
+    swap_test,
+)
+from store import INTERSECTION, seed_for
+
+IDENTITY = (
+    "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits", "options",
+)  # fmt: skip
+SIGNIFICANCE_COLUMNS = (
+    "cell", "reference_cell", "comparison", *IDENTITY, "attribute", "metric", "group", "n", "effect", "ci_low",
+    "ci_high", "gained", "lost", "p_mcnemar", "p_holm", "ci_method", "p_bh", "p_max_t", "p_swap", "p_group", "tost_p",
+    "tost_p_every_group", "flips", "mde", "too_small",
+)  # fmt: skip
+FLIP_COLUMNS = (
+    "cell", "reference_cell", *IDENTITY, "attribute", "group", "n", "flips", "flip_rate", "ci_low", "ci_high",
+    "harmful", "harmful_rate", "harmful_ci_low", "harmful_ci_high", "beneficial", "beneficial_rate",
+    "beneficial_ci_low", "beneficial_ci_high", "too_small",
+)  # fmt: skip
+SEED_COLUMNS = (
+    "dataset", "model", "method", "strategy", "weight_bits", "activation_bits", "options", "metric", "n_seeds",
+    "mean_fp32", "mean", "mean_change", "sd_change", "cohens_d", "hedges_g",
+)  # fmt: skip
+SMOOTH = ("balanced_accuracy",)  # metrics without a maximum or minimum over groups: BCa holds
+GROUP_PERMUTATIONS = 2000  # at most; more of `flip_permutation_test` than of anything else would be spent on waiting
+
+
+def paired_significance(
+    rows: pd.DataFrame, test_sets: Mapping[str, TestSet], replicates: int, level: float, margin: float = 0.01
+) -> pd.DataFrame:
+    """The table described above; `margin` is a share of the images. `rows` are finished cells."""
+    found = []
+    for pairs, test_set in _by_data_set(comparisons(rows, test_sets), test_sets):
+        tables = _paired_tables(pairs, test_set, test_set.group_N, len(test_set.group_names))
+        accuracies = _accuracies(pairs, test_set, tables, replicates, level, margin)
+        metrics = _metrics(pairs, test_set, tables, replicates, level)
+        metrics = metrics[metrics["metric"] != "accuracy"]  # Tango's interval instead
+        found.append(pd.concat([accuracies, metrics]))
+    return _arranged(found, rows, SIGNIFICANCE_COLUMNS)
+
+
+def intersection_significance(
+    rows: pd.DataFrame, test_sets: Mapping[str, TestSet], replicates: int, level: float, margin: float = 0.01
+) -> pd.DataFrame:
+    """The rows of `paired_significance` that are about one group, for the groups of the intersection of all attributes.
+
+    Data sets of one attribute have none.
+    """
+    found = []
+    for pairs, test_set in _by_data_set(comparisons(rows, test_sets), test_sets):
+        if len(test_set.intersection_names) > len(test_set.group_names):
+            crossed = _crossed(test_set)
+            tables = _paired_tables(pairs, crossed, crossed.group_N, len(crossed.group_names))
+            table = _accuracies(pairs, crossed, tables, replicates, level, margin)
+            found.append(table[table["group"] != "all"])
+    return _arranged(found, rows, SIGNIFICANCE_COLUMNS)
+
+
+def flip_table(rows: pd.DataFrame, test_sets: Mapping[str, TestSet], level: float) -> pd.DataFrame:
+    """flips.csv: how often quantization changes the predicted class, over all images, in each group of the attribute
+    and in each of the intersection.
+
+    harmful: from right to wrong; beneficial: from wrong to right; flips between two wrong classes are neither. The
+    intervals are mid-p (rate_limits.py): INT8 flips a few images in a thousand, and small groups have few.
+    """
+    found = []
+    pairs = comparisons(rows, test_sets)
+    for block, test_set in _by_data_set(pairs[pairs["comparison"] == "fp32"], test_sets):
+        groupings = [test_set]
+        if len(test_set.intersection_names) > len(test_set.group_names):
+            groupings.append(_crossed(test_set))
+        for grouping in groupings:
+            tables = _paired_tables(block, grouping, grouping.group_N, len(grouping.group_names))
+            table = _long(block, grouping, **_flips(tables))
+            table = table if grouping is test_set else table[table["group"] != "all"]
+            for name, count in (("flip", "flips"), ("harmful", "harmful"), ("beneficial", "beneficial")):
+                table[f"{name}_rate"] = table[count] / table["n"]
+                low, high = midp_interval(table[count], table["n"], level)
+                prefix = "" if name == "flip" else f"{name}_"
+                table[f"{prefix}ci_low"], table[f"{prefix}ci_high"] = low, high
+            found.append(table)
+    return _arranged(found, rows, FLIP_COLUMNS)
+
+
+def seed_effects(rows: pd.DataFrame) -> pd.DataFrame:
+    """Effect sizes over training seeds of each setting against FP32: a row for each (setting, metric) with two or more.
+
+    Cohen's d and Hedges' g take the spread between seeds as the unit; with `n_seeds` below six they are rough, and no
+    test is made of them.
+    """
+    values = rows.set_index("cell")
+    pairs = rows[rows["baseline_cell"].isin(values.index) & (rows["cell"] != rows["baseline_cell"])]
+    keys = [key for key in IDENTITY if key != "seed"]
+    found = []
+    for key, block in pairs.groupby(keys, sort=False, dropna=False):
+        if block["seed"].nunique() < 2:
+            continue
+        for metric in METRICS:
+            quantized, fp32 = (
+                values.loc[block[column], metric].to_numpy(dtype=float) for column in ("cell", "baseline_cell")
+            )
+            is_defined = ~np.isnan(quantized - fp32)
+            quantized, fp32 = quantized[is_defined], fp32[is_defined]
+            if len(quantized) < 2:
+                continue
+            entry = dict(zip(keys, key, strict=True)) | {"metric": metric, "n_seeds": len(quantized)}
+            entry |= {"mean_fp32": fp32.mean(), "mean": quantized.mean(), "mean_change": (quantized - fp32).mean()}
+            entry |= {"sd_change": (quantized - fp32).std(ddof=1)}
+            found.append(entry | {"cohens_d": cohens_d(quantized, fp32), "hedges_g": hedges_g(quantized, fp32)})
+    return pd.DataFrame(found, columns=list(SEED_COLUMNS))
+
+
+def comparisons(rows: pd.DataFrame, test_sets: Mapping[str, TestSet]) -> pd.DataFrame:
+    """The rows with `reference_cell` and `comparison`: each against FP32, then each mitigated one against its plain
+    counterpart. Cells without predictions, or whose reference has none, are left out."""
+    done = {cell for test_set in test_sets.values() for cell in test_set.predictions}
+    rows = rows[rows["cell"].isin(done)]
+    plain = plain_counterparts(rows)
+    pairs = pd.concat(
+        [
+            rows.assign(comparison="fp32", reference_cell=rows["baseline_cell"]),
+            rows.assign(comparison="plain", reference_cell=rows["cell"].map(plain)),
+        ],
+        ignore_index=True,
+    )
+    pairs = pairs[pairs["reference_cell"].isin(done) & (pairs["reference_cell"] != pairs["cell"])]
+    return pairs.reset_index(drop=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- of accuracy
+
+
+def _accuracies(
+    pairs: pd.DataFrame, test_set: TestSet, tables_PGLFQ: np.ndarray, replicates: int, level: float, margin: float
+) -> pd.DataFrame:
+    """One row a (pair, group), and one a pair for all images."""
+    flips = _flips(tables_PGLFQ)
+    table = _long(pairs, test_set, gained=flips["beneficial"], lost=flips["harmful"], flips=flips["flips"])
+    gained, lost, n = (table[name].to_numpy() for name in ("gained", "lost", "n"))
+    table["metric"], table["effect"] = "accuracy", (gained - lost) / n
+    table["ci_low"], table["ci_high"] = paired_difference_interval(gained, lost, n, level)
+    table["ci_method"] = "tango"
+    table["p_mcnemar"] = mcnemar_midp(gained, lost)
+    table["tost_p"] = equivalence_p(gained, lost, n, margin)
+    table["mde"] = detectable_difference(n, gained + lost, level)
+    is_all = table["group"] == "all"
+    enters = ~is_all & ~table["too_small"]
+    every = table[enters].groupby("pair")["tost_p"].max()
+    table.loc[is_all, "tost_p_every_group"] = table.loc[is_all, "pair"].map(every)
+
+    sizes_G = tables_PGLFQ[0].sum(axis=(1, 2, 3))
+    eligible = np.flatnonzero(sizes_G >= test_set.min_group_size)
+    p_PG = np.full(flips["flips"].shape, np.nan)
+    if len(eligible) > 1:
+        p_PG[:, eligible] = max_t_losses(
+            flips["beneficial"][:, eligible],
+            flips["harmful"][:, eligible],
+            sizes_G[eligible],
+            replicates,
+            generator=np.random.default_rng(seed_for("analysis", "max_t", test_set.dataset, test_set.attribute)),
+            apply=in_threads,
+        )
+    names = {name: g for g, name in enumerate(test_set.group_names)}
+    of_group = table.loc[~is_all, "group"].map(names).to_numpy(dtype=int)
+    table.loc[~is_all, "p_max_t"] = p_PG[table.loc[~is_all, "pair"], of_group]
+    table.loc[is_all, "p_max_t"] = np.fmin.reduce(p_PG, axis=1)[table.loc[is_all, "pair"]]
+    return table
+
+
+def _flips(tables_PGLFQ: np.ndarray) -> dict[str, np.ndarray]:
+    """(P, G) images: whose class changed, that became wrong, that became right."""
+    n_classes = tables_PGLFQ.shape[-1]
+    is_right = np.eye(n_classes, dtype=bool)  # (label, prediction)
+    before_LFQ, after_LFQ = is_right[:, :, None], is_right[:, None, :]
+    is_changed_FQ = ~np.eye(n_classes, dtype=bool)
+
+    def total(mask) -> np.ndarray:
+        return np.einsum("pglfq,lfq->pg", tables_PGLFQ, np.broadcast_to(mask, tables_PGLFQ.shape[2:]).astype(int))
+
+    return {
+        "flips": total(is_changed_FQ),
+        "harmful": total(before_LFQ & ~after_LFQ),
+        "beneficial": total(~before_LFQ & after_LFQ),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- of metrics
+
+
+def _metrics(
+    pairs: pd.DataFrame, test_set: TestSet, tables_PGLFQ: np.ndarray, replicates: int, level: float
+) -> pd.DataFrame:
+    """One row a (pair, metric) over all images: effect, bootstrap interval, permutation p-values."""
+    sizes_G = tables_PGLFQ[0].sum(axis=(1, 2, 3))
+    eligible_G = sizes_G >= test_set.min_group_size
+    cells = list(dict.fromkeys([*pairs["cell"], *pairs["reference_cell"]]))
+    place = {cell: c for c, cell in enumerate(cells)}
+    at_P, reference_P = (pairs[name].map(place).to_numpy() for name in ("cell", "reference_cell"))
+    smooth = [METRICS.index(metric) for metric in SMOOTH]
+    observed_MC, values_MCB = resampled_metrics(test_set, cells, replicates, eligible_G)
+
+    def one_pair(p: int) -> list[dict]:
+        counts = tables_PGLFQ[p]
+        exact_M = paired_differences(counts[..., None], eligible_G)[: len(METRICS), 0]
+        values_MB = values_MCB[:, at_P[p]] - values_MCB[:, reference_P[p]]
+        left_out, n_C = left_out_tables(counts)
+        acceleration_S = acceleration(paired_differences(left_out, eligible_G)[smooth], n_C)
+        observed_S = observed_MC[smooth, at_P[p]] - observed_MC[smooth, reference_P[p]]
+        ends_M2 = interval_ends(values_MB.copy(), level)
+        ends_M2[smooth] = interval_ends(values_MB[smooth], level, "bca", observed_S, acceleration_S)
+        names = (pairs["cell"].iat[p], pairs["reference_cell"].iat[p])
+        generator = np.random.default_rng(seed_for("analysis", "permutations", *names))
+        p_swap = swap_test(counts, eligible_G, replicates, generator=generator)
+        p_group = flip_permutation_test(counts, eligible_G, min(replicates, GROUP_PERMUTATIONS), generator=generator)
+        found = []
+        for m, metric in enumerate(METRICS):
+            entry = {"pair": p, "metric": metric, "group": "all", "n": test_set.n, "attribute": test_set.attribute}
+            entry |= {"effect": exact_M[m], "ci_low": ends_M2[m, 0], "ci_high": ends_M2[m, 1]}
+            entry |= {"ci_method": "bca" if m in smooth else "percentile", "too_small": False}
+            found.append(entry | {"p_swap": p_swap[metric], "p_group": p_group[metric]})
+        return found
+
+    found = [entry for p in range(len(pairs)) for entry in one_pair(p)]
+    table = pd.DataFrame(found)
+    return table.join(pairs[["cell", "reference_cell", "comparison"]], on="pair")
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _by_data_set(pairs: pd.DataFrame, test_sets: Mapping[str, TestSet]) -> Iterator[tuple[pd.DataFrame, TestSet]]:
+    for name, test_set in test_sets.items():
+        block = pairs[pairs["dataset"] == name].reset_index(drop=True)
+        if len(block):
+            yield block, test_set
+
+
+def _crossed(test_set: TestSet) -> TestSet:
+    """The same images, grouped by the intersection."""
+    groups = {"group_N": test_set.intersection_N, "group_names": test_set.intersection_names}
+    return TestSet(**{**vars(test_set), **groups, "attribute": INTERSECTION})
+
+
+def _paired_tables(pairs: pd.DataFrame, test_set: TestSet, codes_N: np.ndarray, n_groups: int) -> np.ndarray:
+    """(P, G, L, F, Q)"""
+    first = paired_count_table  # checks the codes once; the rest is the same sum for every pair
+    cells = (pairs["reference_cell"], pairs["cell"])
+    k = test_set.n_classes
+    first(codes_N, test_set.label_N, *(test_set.predictions[cell.iat[0]] for cell in cells), n_groups, k)
+    stratum_N = (codes_N * k + test_set.label_N) * k * k
+    tables = np.empty((len(pairs), n_groups * k**3), dtype=np.int64)
+    for p, (reference, cell) in enumerate(zip(*cells, strict=True)):
+        codes = stratum_N + test_set.predictions[reference] * np.int64(k) + test_set.predictions[cell]
+        tables[p] = np.bincount(codes, minlength=tables.shape[1])
+    return tables.reshape(len(pairs), n_groups, k, k, k)
+
+
+def _long(pairs: pd.DataFrame, test_set: TestSet, **counts_PG: np.ndarray) -> pd.DataFrame:
+    """One row a (pair, group that has images), "all" first, with the counts; `pair` is the position of the pair."""
+    n_G = np.bincount(test_set.group_N, minlength=len(test_set.group_names))
+    there = np.flatnonzero(n_G)
+    names = ["all", *(test_set.group_names[g] for g in there)]
+    table = pd.DataFrame(
+        {
+            "pair": np.repeat(np.arange(len(pairs)), len(names)),
+            "attribute": test_set.attribute,
+            "group": names * len(pairs),
+            "n": np.tile([test_set.n, *n_G[there]], len(pairs)),
+            "too_small": np.tile([False, *(n_G[there] < test_set.min_group_size)], len(pairs)),
+            **{
+                name: np.concatenate([count.sum(axis=1, keepdims=True), count[:, there]], axis=1).ravel()
+                for name, count in counts_PG.items()
+            },
+        }
+    )
+    return table.join(pairs[["cell", "reference_cell", "comparison"]], on="pair")
+
+
+def _arranged(found: Sequence[pd.DataFrame], rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The rows in the order comparison, cell, metrics, groups; with the identity of the cell and corrected p-values."""
+    if not found:
+        return pd.DataFrame(columns=list(columns))
+    table = pd.concat(found, ignore_index=True)
+    identity = rows.set_index("cell")[[name for name in IDENTITY if name in rows]]
+    table = table.join(identity, on="cell")
+    cells = {cell: i for i, cell in enumerate(rows["cell"])}
+    kind = table["comparison"].eq("plain")
+    if "metric" in table:
+        metrics = {metric: i for i, metric in enumerate(METRICS)}
+        order = [kind, table["cell"].map(cells), table["group"].ne("all"), table["metric"].map(metrics)]
+    else:
+        order = [kind, table["cell"].map(cells)]
+    order = np.lexsort([*(np.asarray(key) for key in reversed(order))])
+    table = table.iloc[order].reset_index(drop=True)
+    if "p_holm" in columns:
+        _correct(table)
+    return table.reindex(columns=list(columns))
+
+
+def _correct(table: pd.DataFrame) -> None:
+    if "p_group" not in table:
+        table["p_group"] = np.nan
+    p = table["p_mcnemar"].fillna(table["p_group"])
+    table["p_holm"], table["p_bh"] = np.nan, np.nan
+    for _, family in p[p.notna()].groupby([table["comparison"], table["metric"], table["group"] == "all"]):
+        table.loc[family.index, "p_holm"] = holm(family.to_numpy())
+        table.loc[family.index, "p_bh"] = benjamini_hochberg(family.to_numpy())
