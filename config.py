@@ -682,10 +682,24 @@ class Mitigation(Section):
 # -------------------------------------------------------------------------------------------- analysis, deployment, run
 
 
+ParetoDimension = Literal[
+    "accuracy", "worst_group_accuracy", "accuracy_gap", "equalized_odds_difference", "demographic_parity_difference",
+    "size_mb", "latency_ms_b1", "latency_ms_b32",
+]  # fmt: skip
+
+
 class Analysis(Section):
     bootstrap_replicates: Annotated[int, Field(ge=100)] = 1000
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     attribute: str | None = None  # the sensitive attribute of the group metrics; None: the data set's first
+    # what a setting must not be beaten in to be on the Pareto front
+    pareto: list[ParetoDimension] = Field(default=["accuracy", "accuracy_gap", "size_mb"], min_length=2)
+    vector_format: Literal["pdf", "svg"] = "pdf"  # of the figures, beside PNG
+
+    @pydantic.field_validator("pareto")
+    @classmethod
+    def _no_twins(cls, value):
+        return _distinct(value)
 
 
 class Deployment(Section):

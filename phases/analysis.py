@@ -7,20 +7,21 @@ same bytes.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 import hypotheses
 import report
-import visualizations
 from config import Config
+from cost_benefit import cost_benefit_table
+from figures.pareto import pareto_points
+from group_calibration import calibration_errors
 from group_counts import METRICS, intersect
 from joint_bootstrap import COLLAPSED, TestSet
+from phases.drawing import probability_table, save_figures, shown_groups, study_figures
 from phases.plan import plan
 from result_rows import main_settings, model_label, plain_counterparts, with_labels
 from significance import holm, mcnemar_midp, paired_count_table, paired_difference_intervals
@@ -31,12 +32,10 @@ from store import (
     Store,
     StoreError,
     seed_for,
-    write_bytes,
     write_json,
     write_text,
 )
 
-FIGURE_DPI = 200
 SIGNIFICANCE_COLUMNS = (
     "cell", "reference_cell", "comparison", "dataset", "model", "seed", "method", "strategy", "weight_bits",
     "activation_bits", "options", "attribute", "metric", "group", "n", "effect", "ci_low", "ci_high", "gained", "lost",
@@ -85,29 +84,20 @@ def analyse(
     write_json(store.analysis / "hypotheses.json", verdicts.to_dict("records"))
 
     tell("figures")
-    all_groups = groups
-    groups = groups[groups["cell"].isin(done["cell"])].merge(done[["cell", "options"]], on="cell", how="left")
-    shown = [_groups_of(groups, name, config.group_attribute(name)) for name in test_sets]
-    figures = {
-        "accuracy_heatmap.png": visualizations.accuracy_heatmap(rows),
-        "per_group_performance.png": visualizations.per_group_performance(
-            pd.concat(shown).assign(attribute=" / ".join(dict.fromkeys(map(config.group_attribute, test_sets))))
-        ),
-        "mitigation_comparison.png": visualizations.mitigation_comparison(rows),
-        "hypothesis_validation.png": visualizations.hypothesis_validation(verdicts),
-        "pareto_frontier.png": visualizations.pareto_frontier(rows),
-        "fairness_vs_bits.png": visualizations.fairness_vs_bits(rows),
-    }
-    sensitivity = store.read_extra_table("layer_sensitivity")
-    if sensitivity is not None and sensitivity["cell"].isin(done["cell"]).any():
-        figures["layer_sensitivity.png"] = visualizations.layer_sensitivity(sensitivity, rows)
-    images = {}
-    for name, figure in figures.items():
-        images[name] = png(figure)
-        write_bytes(store.analysis / name, images[name])
+    costs = cost_benefit_table(done, test_sets, replicates, level)
+    write_text(store.analysis / "cost_benefit.csv", costs.to_csv(index=False))
+    probabilities = probability_table(store, done, test_sets, level)
+    write_text(store.analysis / "calibration.csv", probabilities.to_csv(index=False))
+    write_text(store.analysis / "calibration_error.csv", calibration_errors(probabilities).to_csv(index=False))
+    attributes = {name: config.group_attribute(name) for name in test_sets}
+    drawn = study_figures(
+        rows, shown_groups(done, groups, attributes), verdicts, significance, costs, probabilities,
+        dimensions=config.analysis.pareto, sensitivity=store.read_extra_table("layer_sensitivity"),
+    )  # fmt: skip
+    figures, images = save_figures(store, drawn, config.analysis.vector_format)
 
     tell("tables")
-    points = visualizations.pareto_points(rows)
+    points = pareto_points(rows, config.analysis.pareto)
     write_text(store.analysis / "pareto.csv", points.to_csv(index=False))
     best = report.best_settings(changes, done)
     deployment = store.read_extra_table("deployment_results")
@@ -133,7 +123,7 @@ def analyse(
 
     by_group = [
         f"{dataset}, {model_label(model)}: accuracy in %, group by group\n\n{report.to_markdown(table)}"
-        for (dataset, model), table in report.group_accuracy(rows, all_groups).items()
+        for (dataset, model), table in report.group_accuracy(rows, groups).items()
     ]
     if len(repairs):
         by_group.append(f"repairs\n\n{report.to_markdown(timeless)}")
@@ -156,26 +146,13 @@ def analyse(
         level=level,
         seeds=sorted(int(seed) for seed in done["seed"].unique()),
         targets={name: config.dataset(name).target for name in test_sets},
-        figures=[(name, CAPTIONS[name]) for name in figures],
+        figures=figures,
         environment=_environment(store),
     )
     write_text(store.analysis / "report.html", report.report_html(study, images))
     write_text(store.analysis / "summary.md", report.summary_markdown(study))
     tell("done")
     return verdicts
-
-
-CAPTIONS = {
-    "accuracy_heatmap.png": "Accuracy of every model at every setting.",
-    "per_group_performance.png": "Accuracy of each group, FP32 against the main setting of each width.",
-    "mitigation_comparison.png": "Each strategy against plain quantization of the same model and width.",
-    "hypothesis_validation.png": "Each hypothesis: effect, interval, threshold and verdict.",
-    "pareto_frontier.png": "Size on disk against accuracy; the settings that no other one beats in both.",
-    "fairness_vs_bits.png": "Equalized-odds difference at each width (it is biased upward, the more the fewer the "
-    "images).",
-    "layer_sensitivity.png": "What the output loses when one layer alone goes to so many bits, and the width that "
-    "mixed precision chose for it.",
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------- input
@@ -441,17 +418,6 @@ def _range(values: pd.Series, scale: float, unit: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG bytes, without the metadata that would change between versions."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=FIGURE_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _groups_of(groups: pd.DataFrame, dataset: str, attribute: str) -> pd.DataFrame:
-    return groups[(groups["dataset"] == dataset) & (groups["attribute"] == attribute)]
 
 
 def _data(done: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:

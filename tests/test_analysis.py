@@ -269,7 +269,7 @@ def test_images_are_resampled_jointly_so_that_what_models_share_does_not_count_t
 @pytest.fixture
 def low_resolution(monkeypatch):
     """For tests that do not look at the figures."""
-    monkeypatch.setattr("phases.analysis.FIGURE_DPI", 30)
+    monkeypatch.setattr("phases.drawing.FIGURE_DPI", 30)
 
 
 @pytest.fixture(scope="module")
