@@ -34,6 +34,7 @@ from figures.style import (
     nothing,
     of_dataset,
     paged,
+    percent,
     plain,
     seeds_note,
     short,
@@ -51,7 +52,7 @@ MOST_LINES = 8  # models as lines of their own
 EVERY_MODEL = "all models"
 
 
-def mitigation_comparison(rows: pd.DataFrame, page: int = 1) -> Page:
+def mitigation_comparison(rows: pd.DataFrame, level: float = 0.95, page: int = 1) -> Page:
     """Each strategy against the plain cell of the same model and widths: accuracy, worst group, equalized odds.
 
     One line a (model, widths), the plain value and the strategies' below it, mean over seeds and options, with the
@@ -65,7 +66,7 @@ def mitigation_comparison(rows: pd.DataFrame, page: int = 1) -> Page:
     lines = _lines_of_pairs(by_cell, pairs)
     strategies = list(dict.fromkeys(strategy for members in lines.values() for strategy in members if strategy))
     labels = [plain(strategy_label(name)) if name else "plain" for name in ("", *strategies)]
-    line_height = 0.19 * max(1.0, (1 + len(strategies)) / 3)
+    line_height = 0.19 * max(1.2, (1 + len(strategies)) / 3)
     room = MAX_HEIGHT - 1.05 - legend_height(labels)
     pages = paged(list(lines), [line_height] * len(lines), room)
     over = ""
@@ -83,11 +84,12 @@ def mitigation_comparison(rows: pd.DataFrame, page: int = 1) -> Page:
 
     figure = Page(WIDTH, 1.05 + legend_height(labels) + line_height * len(keys), page, n_pages)
     grid = figure.subplots(1, len(REPAIR_METRICS), sharey=True, squeeze=False)[0]
-    spread = np.linspace(-0.36, 0.36, 1 + len(strategies)) if len(strategies) > 2 else np.linspace(-0.2, 0.2, 3)
+    reach = 0.36 if len(strategies) > 2 else 0.22
+    spread = np.linspace(-reach, reach, 1 + len(strategies))
     style = styles(["", *strategies])
     for axes, (metric, label) in zip(grid, REPAIR_METRICS.items(), strict=True):
         means: dict[tuple, tuple[float, float]] = {}
-        for offset, name in zip(spread, ["", *strategies], strict=False):
+        for offset, name in zip(spread, ["", *strategies], strict=True):
             found = []
             for y, key in enumerate(keys):
                 cells = lines[key].get(name, [])
@@ -132,7 +134,7 @@ def mitigation_comparison(rows: pd.DataFrame, page: int = 1) -> Page:
         for name, label in zip(("", *strategies), labels, strict=True)
     ]
     legend(figure, handles)
-    bars = "bars: 95 % intervals of each value (not of the differences)"
+    bars = f"bars: {percent(level)} intervals of each value (not of the differences)"
     title(figure, f"Mitigation against plain quantization (dotted){over}{seeds_note(rows)}; {bars}")
     return figure
 
@@ -163,7 +165,7 @@ def _averaged_over_models(lines: dict[tuple, dict[str, list[str]]]) -> dict[tupl
 # ------------------------------------------------------------------------------------------------- fairness over widths
 
 
-def fairness_vs_bits(rows: pd.DataFrame, metric: str = "equalized_odds_difference") -> Page:
+def fairness_vs_bits(rows: pd.DataFrame, metric: str = "equalized_odds_difference", level: float = 0.95) -> Page:
     """A fairness metric at FP32 and at the main setting of each width, a line a model, mean over seeds, with intervals.
 
     With more than eight models each is a thin line and their median a thick one, with the middle half shaded.
@@ -243,7 +245,7 @@ def fairness_vs_bits(rows: pd.DataFrame, metric: str = "equalized_odds_differenc
             for m in models
         ]
     legend(figure, handles, 6.2)
-    bars = f", bars: 95 % intervals{seeds_note(rows)}" if len(models) <= MOST_LINES else seeds_note(rows)
+    bars = f", bars: {percent(level)} intervals{seeds_note(rows)}" if len(models) <= MOST_LINES else seeds_note(rows)
     title(figure, f"{metric.replace('_', ' ').capitalize()} at each width{bars}")
     return figure
 
@@ -256,7 +258,7 @@ def _with_margin(values: np.ndarray) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------------- cost and gain
 
 
-def cost_benefit(table: pd.DataFrame, page: int = 1) -> Page:
+def cost_benefit(table: pd.DataFrame, level: float = 0.95, page: int = 1) -> Page:
     """Worst-group accuracy gained over plain quantization of the same bits against seconds and bytes, a row a width.
 
     `table` is that of `cost_benefit.cost_benefit_table`. Small marks: each model and setting. Large ones: their mean
@@ -281,59 +283,42 @@ def cost_benefit(table: pd.DataFrame, page: int = 1) -> Page:
     here = widths[(page - 1) * a_page : page * a_page]
     figure = Page(WIDTH, overhead + row_height * len(here), page, n_pages)
     grid = figure.subplots(len(here), 2, squeeze=False, sharex="col")
+    limits = {cost: _cost_limits(table, cost) for cost in ("seconds", "bytes")}
+    apart = min(1.8, 24 / len(kinds))  # typographic points
     for r, width in enumerate(here):
         block = table[table["width"] == width]
         for axes, cost in zip(grid[r], ("seconds", "bytes"), strict=True):
+            if cost == "seconds":
+                _log_seconds(axes)
+            axes.set_xlim(*limits[cost])
+            axes.set_ylim(*_gain_limits(block))
             known = block[block[cost].notna() & ((block[cost] > 0) if cost == "seconds" else True)]
             axes.axhline(0, color=GREY, linewidth=0.8, zorder=0)
-            for name in kinds:
+            for i, name in enumerate(kinds):
                 part = known[known["kind"] == name]
                 if part.empty:
                     continue
                 colour, marker = style[name]
                 # marks of one cost stand beside each other
-                aside = ScaledTranslation(
-                    2.6 * (kinds.index(name) - (len(kinds) - 1) / 2) / 72, 0, figure.dpi_scale_trans
-                )
-                moved = axes.transData + aside
+                aside = ScaledTranslation(apart * (i - (len(kinds) - 1) / 2) / 72, 0, figure.dpi_scale_trans)
+                moved = {"transform": axes.transData + aside}
                 if len(part) > 1:
-                    axes.plot(
-                        part[cost], part["gain"], marker, color=colour, markersize=2.2, alpha=0.45, linestyle="",
-                        markeredgewidth=0, transform=moved,
-                    )  # fmt: skip
-                # seconds are averaged as they are drawn, on a logarithmic scale
-                at = np.exp(np.log(part[cost]).mean()) if cost == "seconds" else part[cost].mean()
+                    draw_marks(axes, part[cost], part["gain"], colour, marker, 2.2, alpha=0.45, mew=0, **moved)
+                at = _mean_cost(part[cost], cost)
                 low, high = mean_ends(part, "ci_low", "ci_high")
-                draw_intervals(axes, [low], [high], [at], colour, vertical=True, width=0.9, transform=moved)
-                draw_marks(
-                    axes, [at], [part["gain"].mean()], colour, marker, 4.4, markeredgecolor="w", mew=0.3,
-                    transform=moved,
-                )  # fmt: skip
-            plain_seconds = block["reference_seconds"].dropna()
-            if cost == "seconds" and len(plain_seconds) and (plain_seconds > 0).all():
-                mean = np.exp(np.log(plain_seconds).mean())
-                axes.axvline(mean, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0, gid="plain")
-            elif cost == "bytes":
-                axes.axvline(0, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0, gid="plain")
+                draw_intervals(axes, [low], [high], [at], colour, vertical=True, width=0.9, **moved)
+                mean = part["gain"].mean()
+                draw_marks(axes, [at], [mean], colour, marker, 4.4, markeredgecolor="w", mew=0.3, **moved)
+            plain_cost = _mean_cost(block["reference_seconds"], cost) if cost == "seconds" else 0.0
+            if np.isfinite(plain_cost):
+                axes.axvline(plain_cost, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)), zorder=0, gid="plain")
             if known.empty:
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY, fontsize=FONT)
             clean(axes, "both")
         n = block["model"].nunique()
         heading = f"{plain(width)}, {n} {'model' if n == 1 else 'models'}"
         grid[r, 0].set_title(heading, fontsize=FONT, loc="left", pad=3)
-        low, high = grid[r, 0].get_ylim()
-        for axes in grid[r]:  # so that a tenth of a point does not fill the page
-            axes.set_ylim(min(low, -0.5), max(high, 0.5))
         grid[r, 0].set_ylabel("worst group: points\ngained over plain", fontsize=FONT - 0.5)
-    for axes in grid[:, 0]:
-        if (table["seconds"] > 0).any():
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(numticks=7))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-    for axes in grid[:, 1]:
-        low, high = axes.get_xlim()
-        axes.set_xlim(min(low, -3), max(high, 3))  # so that a few bytes are not stretched over the page
     grid[-1, 0].set_xlabel("calibration + training (s)", fontsize=FONT)
     grid[-1, 1].set_xlabel("bytes beyond plain (%)", fontsize=FONT)
     handles = [
@@ -346,9 +331,43 @@ def cost_benefit(table: pd.DataFrame, page: int = 1) -> Page:
     title(
         figure,
         "What methods cost and buy; dashed: plain static quantization of the same bits. Small: each model and setting; "
-        f"large: their mean and 95 % intervals{f', {seeds} seeds' if seeds > 1 else ''}; set slightly apart{more}",
+        f"large: their mean and {percent(level)} intervals{f', {seeds} seeds' if seeds > 1 else ''}; set slightly "
+        f"apart{more}",
     )
     return figure
+
+
+def _mean_cost(values: pd.Series, cost: str) -> float:
+    """Seconds are averaged as they are drawn, on a logarithmic scale."""
+    values = values.dropna()
+    if cost != "seconds":
+        return float(values.mean())
+    values = values[values > 0]
+    return float(np.exp(np.log(values).mean())) if len(values) else math.nan
+
+
+def _cost_limits(table: pd.DataFrame, cost: str) -> tuple[float, float]:
+    if cost == "bytes":  # at least 3 %, so that a few bytes are not stretched over the page
+        values = table["bytes"].dropna()
+        low, high = min(-3.0, values.min()) if len(values) else -3.0, max(3.0, values.max()) if len(values) else 3.0
+        return low - 0.06 * (high - low), high + 0.06 * (high - low)
+    values = pd.concat([table["seconds"], table["reference_seconds"]])
+    values = values[values > 0]
+    return (values.min() / 1.6, values.max() * 1.6) if len(values) else (1.0, 10.0)
+
+
+def _gain_limits(block: pd.DataFrame) -> tuple[float, float]:
+    """At least half a point either way, so that a tenth does not fill the page."""
+    values = block[["gain", "ci_low", "ci_high"]].to_numpy(dtype=float)
+    low, high = min(-0.5, np.nanmin(values)), max(0.5, np.nanmax(values))
+    return low - 0.06 * (high - low), high + 0.06 * (high - low)
+
+
+def _log_seconds(axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(numticks=7))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _method_kind(row) -> str:

@@ -24,10 +24,12 @@ from figures.style import (
     legend_height,
     nothing,
     of_dataset,
+    percent,
     seeds_note,
     short,
     styles,
     title,
+    title_height,
 )
 from group_counts import wilson_interval
 from result_rows import FP32, METHOD_LABELS, main_settings, model_label
@@ -47,7 +49,9 @@ class Panel:
     name: str
 
 
-def per_group_performance(groups: pd.DataFrame, attribute: str | None = None, page: int = 1) -> Page:
+def per_group_performance(
+    groups: pd.DataFrame, attribute: str | None = None, level: float = 0.95, page: int = 1
+) -> Page:
     """Accuracy of each group, FP32 against the main setting of each method and width, with Wilson intervals.
 
     A row of panels is a model and a panel a method; with one method the panels are models. `groups` are rows of
@@ -64,21 +68,21 @@ def per_group_performance(groups: pd.DataFrame, attribute: str | None = None, pa
         return nothing(f"no group rows of {attribute}")
     groups = groups.assign(value=groups["accuracy"].astype(float))
     marks = _means(groups)
-    low, high = wilson_interval(np.minimum(marks["value"].fillna(0) * marks["n"], marks["n"]), marks["n"])
+    low, high = wilson_interval(np.minimum(marks["value"].fillna(0) * marks["n"], marks["n"]), marks["n"], level)
     marks["low"], marks["high"] = np.where(marks["value"].isna(), np.nan, (low, high))
     is_small = groups["too_small"].astype(bool).any()
     told = (
-        f"Accuracy by {attribute} (n), 95 % Wilson intervals{seeds_note(groups, 'ticks: each seed')}"
+        f"Accuracy by {attribute} (n), {percent(level)} Wilson intervals{seeds_note(groups, 'ticks: each seed')}"
         f"{'; * and open: below the minimum group size' if is_small else ''}{told}"
     )
     return _dot_panels(groups, marks, "accuracy (%)", told, page)
 
 
-def group_flip_rates(flips: pd.DataFrame, page: int = 1) -> Page:
+def group_flip_rates(flips: pd.DataFrame, level: float = 0.95, page: int = 1) -> Page:
     """Share of each group's images that get another prediction than FP32's, of all methods and widths, with intervals.
 
     `flips`: dataset, model, seed, method, strategy, weight_bits, activation_bits, options, cell, group (one of them
-    'all'), n, flip_rate, ci_low, ci_high. Of several seeds the interval is the mean of theirs.
+    'all'), n, flip_rate, ci_low, ci_high (of `level`). Of several seeds the interval is the mean of theirs.
     """
     if not len(flips):
         return nothing("no quantized cell beside its FP32 cell")
@@ -92,7 +96,7 @@ def group_flip_rates(flips: pd.DataFrame, page: int = 1) -> Page:
     ends = ends.agg(low=("ci_low", "mean"), high=("ci_high", "mean"), is_known=("is_known", "all")).reset_index()
     marks["low"], marks["high"] = (ends[end].where(ends["is_known"]).astype(float) for end in ("low", "high"))
     seeds = seeds_note(flips, "ticks: each seed")
-    told = f"Predictions that differ from FP32's, by group (n), 95 % intervals{seeds}{told}"
+    told = f"Predictions that differ from FP32's, by group (n), {percent(level)} intervals{seeds}{told}"
     return _dot_panels(flips, marks, "changed predictions (%)", told, page, from_zero=True)
 
 
@@ -176,7 +180,7 @@ def _dot_panels(
     body = max(map(len, names_of.values())) * step
     above = 0.34 if any(panel is not None and "\n" in panel.name for panel in panels) else 0.22
     below = 0.42 + legend_height(series)
-    a_page = max(1, int((MAX_HEIGHT - 0.4 - below) / (body + above + 0.16)))
+    a_page = max(1, int((MAX_HEIGHT - title_height(told) - 0.15 - below) / (body + above + 0.16)))
     n_pages = min(math.ceil(len(grid_rows) / a_page), MOST_PAGES)
     check_page(page, n_pages)
     if len(grid_rows) > a_page * MOST_PAGES:
@@ -188,7 +192,7 @@ def _dot_panels(
     left = 0.14 + 0.053 * longest
     figure, grid = inch_grid(
         len(here), n_columns, body, left=left, between=left if several else 0.14, above=above, apart=0.16,
-        below=below, page=page, n_pages=n_pages,
+        below=below, page=page, n_pages=n_pages, told=told,
     )  # fmt: skip
     style = styles(series)
     offsets = dict(zip(series, np.linspace(-0.32, 0.32, len(series)) if len(series) > 1 else [0.0], strict=True))

@@ -28,15 +28,18 @@ from figures.style import (
     nothing,
     of_dataset,
     paged,
+    percent,
     plain,
     seeds_note,
     short,
     title,
+    title_height,
 )
 from result_rows import METHOD_LABELS, model_label, strategy_label
 
 # inches
-ROW_HEIGHT, NAME_HEIGHT, HEAD_HEIGHT, TITLE_HEIGHT, BAR_WIDTH = 0.19, 0.2, 0.22, 0.36, 0.55
+ROW_HEIGHT, NAME_HEIGHT, HEAD_HEIGHT, TITLE_HEIGHT, BAR_WIDTH = 0.19, 0.2, 0.22, 0.55, 0.55
+LABEL_SPACE, LABEL_LETTER, LONGEST_COLUMN = 0.14, 0.048, 36  # of the names below the columns
 COLUMNS_A_BLOCK = 20  # settings side by side before the heatmap goes on below
 ROWS_A_BLOCK = 24  # models below each other
 METRIC_NAMES = {
@@ -101,13 +104,14 @@ def fairness_heatmap(
     rows: pd.DataFrame,
     differences: pd.DataFrame | None = None,
     metrics: Sequence[str] = ("worst_group_accuracy", "accuracy_gap"),
+    level: float = 0.95,
     page: int = 1,
 ) -> Page:
     """Change of the metrics against FP32 in points, of each model at each setting; blue is better, red is worse.
 
     Colours are linear within one point and logarithmic beyond. `differences` are rows of significance.csv: where a
-    paired interval excludes 0 the number is bold (of several seeds: the mean of their intervals). The FP32 value, in %,
-    stands behind the model's name.
+    paired interval (of `level`) excludes 0 the number is bold (of several seeds: the mean of their intervals). The FP32
+    value, in %, stands behind the model's name.
     """
     rows = labelled(rows)
     quantized = rows[rows["weight_bits"].notna() | rows["strategy"].notna()] if len(rows) else rows
@@ -117,7 +121,7 @@ def fairness_heatmap(
     fp32 = finished(rows)
     fp32 = fp32[(fp32["method"] == "none") & fp32["strategy"].isna()]
     told = "Change against FP32 in points (behind the models: FP32's value in %)"
-    told += "; bold: the 95 % paired interval excludes 0" if sure else ""
+    told += f"; bold: the {percent(level)} paired interval excludes 0" if sure else ""
     return _pages_of_panels(
         quantized,
         lambda rows: [_change_panel(rows, fp32, metric, sure) for metric in metrics],
@@ -264,13 +268,14 @@ def _pages_of_panels(rows: pd.DataFrame, panels_of, scale_of, told: str, page: i
     told += seeds_note(rows[is_done(rows)])
     settings = _settings(rows)
     heights = [_block_height(settings, block) for block in blocks]
-    height = TITLE_HEIGHT + sum(heights)
+    title_inches = title_height(told)
+    height = title_inches + sum(heights)
     figure = Page(WIDTH, height, page, n_pages, layout="none")
     scale = scale_of(panels)
     left = _label_width(panels)
     widest = max(len(block.columns) for block in blocks)
     cell = min(0.42, (WIDTH - left - BAR_WIDTH) / widest)
-    top = TITLE_HEIGHT
+    top = title_inches
     image = None
     for block, block_height in zip(blocks, heights, strict=True):
         above = (NAME_HEIGHT if block.panel.name else 0.0) + (HEAD_HEIGHT if block.is_headed else 0.0)
@@ -286,7 +291,7 @@ def _pages_of_panels(rows: pd.DataFrame, panels_of, scale_of, told: str, page: i
         top += block_height
     right = left + cell * widest + 0.12
     longest = min(2.4, sum(heights) - 0.3)
-    bar_top = TITLE_HEIGHT + (NAME_HEIGHT if blocks[0].panel.name else 0.0) + HEAD_HEIGHT
+    bar_top = title_inches + (NAME_HEIGHT if blocks[0].panel.name else 0.0) + HEAD_HEIGHT
     longest = max(0.4, min(longest, height - bar_top - 0.05))
     bar_axes = figure.add_axes((right / WIDTH, 1 - (bar_top + longest) / height, 0.09 / WIDTH, longest / height))
     _colour_bar(figure, image, bar_axes, scale)
@@ -298,21 +303,29 @@ def _cut(rows: pd.DataFrame, panels: list[Panel]) -> list[list[Block]]:
     settings = _settings(rows)
     n_rows = len(panels[0].values_RC)
     a_block = _columns_a_block(_label_width(panels))
-    a_block = math.ceil(len(settings) / math.ceil(len(settings) / a_block))  # blocks of the same width
+    a_block = _evenly(len(settings), a_block)
+    room = MAX_HEIGHT - TITLE_HEIGHT - HEAD_HEIGHT - LABEL_SPACE - LABEL_LETTER * LONGEST_COLUMN
+    a_stack = int((room - len(panels) * (NAME_HEIGHT + 0.08)) / (ROW_HEIGHT * len(panels)))
+    a_stack = _evenly(n_rows, min(a_stack, ROWS_A_BLOCK))
     blocks = [
         [
             Block(
-                panel, range(first, min(first + ROWS_A_BLOCK, n_rows)), range(at, min(at + a_block, len(settings))),
+                panel, range(first, min(first + a_stack, n_rows)), range(at, min(at + a_block, len(settings))),
                 is_headed=panel is panels[0], is_footed=panel is panels[-1],
             )
             for panel in panels
         ]
-        for first in range(0, n_rows, ROWS_A_BLOCK)
+        for first in range(0, n_rows, a_stack)
         for at in range(0, len(settings), a_block)
     ]  # fmt: skip
     heights = [sum(_block_height(settings, block) for block in stack) for stack in blocks]
     stacks = paged(blocks, heights, MAX_HEIGHT - TITLE_HEIGHT)
     return [[block for stack in page for block in stack] for page in stacks]
+
+
+def _evenly(n: int, most: int) -> int:
+    """How many of n a block takes, so that blocks of at most `most` are about the same size."""
+    return math.ceil(n / math.ceil(n / most))
 
 
 def _label_width(panels: list[Panel]) -> float:
@@ -328,7 +341,7 @@ def _block_height(settings: list[str], block: Block) -> float:
     height = ROW_HEIGHT * len(block.rows) + 0.08 + (NAME_HEIGHT if block.panel.name else 0.0)
     height += HEAD_HEIGHT if block.is_headed else 0.0
     if block.is_footed:
-        height += 0.12 + 0.053 * max(len(_column_name(settings[j])) for j in block.columns)
+        height += LABEL_SPACE + LABEL_LETTER * max(len(_column_name(settings[j])) for j in block.columns)
     return height
 
 
@@ -400,7 +413,7 @@ def _column_name(setting: str) -> str:
     method = before.partition(" ")[2].removeprefix("static ") if strategy else before.partition(" ")[2]
     if strategy and method == "static":
         method = ""
-    return short(f"+ {strategy} {method}".rstrip() if strategy else method, 36)
+    return short(f"+ {strategy} {method}".rstrip() if strategy else method, LONGEST_COLUMN)
 
 
 # --------------------------------------------------------------------------------------------------- layer sensitivity

@@ -22,11 +22,12 @@ from figures.style import (
     clean,
     draw_intervals,
     finished,
-    mean_ends,
     nothing,
-    page_note,
+    percent,
     plain,
     short,
+    title,
+    title_height,
 )
 from result_rows import model_label
 
@@ -98,20 +99,18 @@ def pareto_points(rows: pd.DataFrame, dimensions: Sequence[str] = DEFAULT_DIMENS
     rows = rows[rows["size_mb"].notna() & rows["accuracy"].notna()] if len(rows) else rows
     if rows.empty:
         return pd.DataFrame(columns=[*columns, *flags])
-    points = []
-    for (dataset, model, setting), block in rows.groupby(["dataset", "model", "setting"], sort=False):
-        first = block.iloc[0]
-        kind = {"none": "FP32", "ptq_static": "static", "ptq_dynamic": "dynamic"}.get(first["method"], "other")
-        kind = "with mitigation" if isinstance(first["strategy"], str) else kind
-        point = {"dataset": dataset, "model": model, "setting": setting, "kind": kind, "n_seeds": len(block)}
-        for name in means:
-            values = pd.to_numeric(block[name], errors="coerce") if name in block else pd.Series([np.nan])
-            point[name] = values.mean() if values.notna().all() else np.nan  # of all its seeds, or of none
-            if name not in COSTS:
-                low, high = f"{name}_ci_low", f"{name}_ci_high"
-                point[low], point[high] = mean_ends(block, low, high)
-        points.append(point)
-    points = pd.DataFrame(points, columns=columns)
+    keys = ["dataset", "model", "setting"]
+    absent = pd.DataFrame(np.nan, rows.index, [name for name in (*means, *ends) if name not in rows])
+    values = pd.concat([rows[[name for name in (*means, *ends) if name in rows]], absent], axis=1)
+    values = values.apply(pd.to_numeric, errors="coerce").astype(float)
+    blocks = values.groupby([rows[key] for key in keys], sort=False)
+    # of all its seeds, or of none; of intervals the mean, see mean_ends
+    points = blocks.mean().where(blocks.count().eq(blocks.size(), axis=0))
+    kind = rows["method"].map({"none": "FP32", "ptq_static": "static", "ptq_dynamic": "dynamic"}).fillna("other")
+    kind = kind.where(rows["strategy"].isna(), "with mitigation")
+    points["kind"] = kind.groupby([rows[key] for key in keys], sort=False).first()
+    points["n_seeds"] = blocks.size()
+    points = points.reset_index()[columns]
     for flag, names in flags.items():
         points[flag] = False
         for _, block in points.groupby("dataset", sort=False):
@@ -120,7 +119,9 @@ def pareto_points(rows: pd.DataFrame, dimensions: Sequence[str] = DEFAULT_DIMENS
     return points
 
 
-def pareto_frontier(rows: pd.DataFrame, dimensions: Sequence[str] = DEFAULT_DIMENSIONS, page: int = 1) -> Page:
+def pareto_frontier(
+    rows: pd.DataFrame, dimensions: Sequence[str] = DEFAULT_DIMENSIONS, level: float = 0.95, page: int = 1
+) -> Page:
     """The settings that no other one beats in all the chosen dimensions, ringed and numbered, with intervals.
 
     A page of panels a data set; a panel shows one quality against one cost (without a cost: the first two qualities).
@@ -147,13 +148,18 @@ def pareto_frontier(rows: pd.DataFrame, dimensions: Sequence[str] = DEFAULT_DIME
     qualities = [name for name in dimensions if name not in COSTS]
     order = costs[0] if costs else qualities[0]
     front = front.sort_values(order, kind="stable")
-    numbers = {index: number for number, index in enumerate(front.index[:MOST_NUMBERED], start=1)}
     pairs = [(cost, quality) for cost in costs for quality in qualities] or [tuple(qualities[:2])]
     if not qualities:
         pairs = [tuple(costs[:2])]
+    numbers = {index: number for number, index in enumerate(_apart(front, *pairs[0]), start=1)}
     n_columns = min(2, len(pairs))
     n_rows = math.ceil(len(pairs) / n_columns)
 
+    seeds = int(points["n_seeds"].max())
+    told = f"{plain(dataset)}: {names}" if len(datasets) > 1 else names.capitalize()
+    told += f"; ringed: no other setting is as good in all {len(dimensions)} and better in one"
+    told += f"; bars: {percent(level)} intervals" if len(front) <= MOST_NUMBERED and qualities else ""
+    told += f" (mean over {seeds} seeds)" if seeds > 1 else ""
     handles = [
         Line2D([], [], color=colour_of[key], marker="o", linestyle="", markersize=4, label=short(model_label(key)))
         for key in models
@@ -169,9 +175,10 @@ def pareto_frontier(rows: pd.DataFrame, dimensions: Sequence[str] = DEFAULT_DIME
     handles.append(
         Line2D([], [], color="none", marker="o", markeredgecolor="k", markersize=7, label="not dominated", linestyle="")
     )
-    key_rows = math.ceil(len(numbers) / 2) + (1 if len(front) > MOST_NUMBERED else 0)
+    key_rows = math.ceil(len(numbers) / 2) + (1 if len(front) > len(numbers) else 0)
     legend_height = 0.17 * math.ceil(len(handles) / 5)
-    top = 0.36 + legend_height
+    told_height = title_height(told)
+    top = told_height + 0.08 + legend_height
     panel_height = 2.3
     height = top + n_rows * (panel_height + 0.5) + 0.115 * key_rows + 0.12
     figure = Page(WIDTH, height, page, n_pages, layout="none")
@@ -192,20 +199,31 @@ def pareto_frontier(rows: pd.DataFrame, dimensions: Sequence[str] = DEFAULT_DIME
         figure.text(
             0.03 + 0.495 * column, 1 - below / height, "\n".join(part), fontsize=6.2, va="top", linespacing=1.25
         )
-    if len(front) > MOST_NUMBERED:
-        more = f"… {len(front)} settings are not dominated; all are in pareto.csv"
+    if len(front) > len(numbers):
+        more = f"{len(numbers)} of {len(front)} are numbered, one where they are close; all are in pareto.csv"
         figure.text(0.03, 0.06 / height, more, fontsize=6.2, va="bottom", color=GREY)
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.02, 1 - 0.3 / height), ncols=min(len(handles), 5),
-        fontsize=6.5, frameon=False, handletextpad=0.2, columnspacing=1.2, borderaxespad=0.0,
+        handles=handles, loc="upper left", bbox_to_anchor=(0.02, 1 - (told_height - 0.01) / height),
+        ncols=min(len(handles), 5), fontsize=6.5, frameon=False, handletextpad=0.2, columnspacing=1.2,
+        borderaxespad=0.0,
     )  # fmt: skip
-    seeds = int(points["n_seeds"].max())
-    told = f"{plain(dataset)}: {names}" if len(datasets) > 1 else names.capitalize()
-    told += f"; ringed: no other setting is as good in all {len(dimensions)} and better in one"
-    told += f" (mean over {seeds} seeds)" if seeds > 1 else ""
-    told += page_note(figure)
-    figure.text(0.015, 1 - 0.08 / height, told, fontsize=FONT + 0.5, va="top", color="#222222")
+    title(figure, told)
     return figure
+
+
+def _apart(front: pd.DataFrame, x: str, y: str) -> list:
+    """Up to `MOST_NUMBERED` of the front, no two closer in a panel than a number is wide."""
+    places = []
+    for name, size in ((x, 200.0), (y, 160.0)):  # of a panel, in typographic points
+        values = front[name].to_numpy(dtype=float)
+        values = np.log(values) if name in COSTS and (values > 0).all() else values
+        places.append(size * (values - values.min()) / max(np.ptp(values), 1e-12) if len(values) else values)
+    chosen: list[int] = []
+    for i, place in enumerate(np.column_stack(places)):
+        near = [math.dist(place, (places[0][j], places[1][j])) < 8 for j in chosen]
+        if not any(near) or len(front) <= 8:
+            chosen.append(i)
+    return list(front.index[chosen[:MOST_NUMBERED]])
 
 
 def _draw_panel(axes, block, front, numbers, x: str, y: str, colour_of: dict, by_model: bool) -> None:
@@ -218,8 +236,8 @@ def _draw_panel(axes, block, front, numbers, x: str, y: str, colour_of: dict, by
     for (key, kind), part in block.groupby(["model" if by_model else "kind", "kind"], sort=False):
         axes.plot(
             x_factor * part[x], y_factor * part[y], KINDS[kind], color=colour_of[key], linestyle="",
-            markersize=6 if kind == "FP32" else 2.5 if many else 4, alpha=0.5 if many else 0.85, markeredgewidth=0,
-            zorder=2, rasterized=many,
+            markersize=(6 if kind == "FP32" else 4) * (0.6 if many else 1), alpha=0.5 if many else 0.85,
+            markeredgewidth=0, zorder=2, rasterized=many,
         )  # fmt: skip
     low, high = f"{y}_ci_low", f"{y}_ci_high"
     if y not in COSTS and len(front) <= MOST_NUMBERED:

@@ -24,9 +24,11 @@ from figures.style import (
     legend_height,
     nothing,
     of_dataset,
+    percent,
     short,
     styles,
     title,
+    title_height,
 )
 from group_calibration import calibration_errors
 from group_counts import wilson_interval
@@ -37,7 +39,7 @@ MOST_GROUPS = 15
 MOST_COLUMNS = 5  # groups side by side
 
 
-def probability_calibration(table: pd.DataFrame, rows: pd.DataFrame, page: int = 1) -> Page:
+def probability_calibration(table: pd.DataFrame, rows: pd.DataFrame, level: float = 0.95, page: int = 1) -> Page:
     """Reliability of each group's probabilities: accuracy against confidence, FP32 and the main setting of each width.
 
     `table` is that of `group_calibration.reliability` for several cells (column `cell`), `rows` name them. A bin's
@@ -68,9 +70,14 @@ def probability_calibration(table: pd.DataFrame, rows: pd.DataFrame, page: int =
         groups, _ = groups_of[dataset]
         name = short(model_label(model)) + of_dataset(table, dataset)
         strips += [(name, dataset, model, groups[i : i + n_columns]) for i in range(0, len(groups), n_columns)]
+    pooled = f", {table['seed'].nunique()} seeds pooled" if table["seed"].nunique() > 1 else ""
+    told = (
+        f"Accuracy against confidence by group (n), {percent(level)} Wilson intervals{pooled}. Numbers: expected "
+        f"calibration error in points (in brackets: by chance alone){told}"
+    )
     body = min(1.35, (WIDTH - 0.5) / n_columns - 0.15)
     above, below = 0.2, 0.42 + legend_height([short(name, 40) for name in settings])
-    a_page = max(1, int((MAX_HEIGHT - 0.5 - below) / (body + above + 0.18)))
+    a_page = max(1, int((MAX_HEIGHT - title_height(told) - 0.15 - below) / (body + above + 0.18)))
     n_pages = min(math.ceil(len(strips) / a_page), MOST_PAGES)
     check_page(page, n_pages)
     if len(strips) > a_page * MOST_PAGES:
@@ -79,12 +86,12 @@ def probability_calibration(table: pd.DataFrame, rows: pd.DataFrame, page: int =
     lowest = max(0.0, float(table["bin_low"].min()))
     figure, grid = inch_grid(
         len(here), n_columns, body, left=0.42, between=0.12, above=above, apart=0.18, below=below, page=page,
-        n_pages=n_pages, sharey=True, title_lines=2,
+        n_pages=n_pages, sharey=True, told=told,
     )  # fmt: skip
     style = styles(settings)
     shown = table[[key in {strip[1:3] for strip in here} for key in zip(table["dataset"], table["model"], strict=True)]]
     keys = ["dataset", "model", "group", "setting"]
-    bins = dict(list(_pooled(shown, keys).groupby(keys, sort=False)))
+    bins = dict(list(_pooled(shown, keys, level).groupby(keys, sort=False)))
     errors = calibration_errors(shown).merge(rows[["cell", "dataset", "model", "setting"]], on="cell")
     errors = errors.groupby(keys)[["n", "expected_calibration_error", "by_chance"]].mean()
     for r, (name, dataset, model, groups) in enumerate(here):
@@ -126,12 +133,7 @@ def probability_calibration(table: pd.DataFrame, rows: pd.DataFrame, page: int =
         for name in settings
     ]
     legend(figure, handles)
-    pooled = f", {table['seed'].nunique()} seeds pooled" if table["seed"].nunique() > 1 else ""
-    title(
-        figure,
-        f"Accuracy against confidence by group (n), 95 % Wilson intervals{pooled}. Numbers: expected calibration error "
-        f"in points (in brackets: by chance alone){told}",
-    )
+    title(figure, told)
     return figure
 
 
@@ -143,12 +145,12 @@ def _largest(table: pd.DataFrame, most: int) -> tuple[list[str], bool]:
     return list(n.sort_values(ascending=False, kind="stable").index[:most]), True
 
 
-def _pooled(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def _pooled(table: pd.DataFrame, keys: list[str], level: float) -> pd.DataFrame:
     """The bins of each `keys` over its cells: mean confidence, accuracy, and the interval of one seed's images."""
     filled = table[table["n"] > 0]
     cells = table.groupby(keys)["cell"].nunique()
     sums = filled.assign(hits=filled["accuracy"] * filled["n"], total=filled["confidence"] * filled["n"])
     sums = sums.groupby([*keys, "bin"])[["n", "hits", "total"]].sum().reset_index()
     seeds = cells.reindex(pd.MultiIndex.from_frame(sums[keys])).to_numpy()
-    low, high = wilson_interval(np.minimum(sums["hits"], sums["n"]) / seeds, sums["n"] / seeds)
+    low, high = wilson_interval(np.minimum(sums["hits"], sums["n"]) / seeds, sums["n"] / seeds, level)
     return sums.assign(confidence=sums["total"] / sums["n"], accuracy=sums["hits"] / sums["n"], low=low, high=high)

@@ -25,6 +25,7 @@ from result_rows import with_labels
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SLIGHT = {"P": 1.15, "X": 1.15, "*": 1.5}  # these look smaller than they are
 FP32_COLOUR = "#000000"
 GREY = "#666666"
 WIDTH = 7.0
@@ -33,6 +34,7 @@ MAX_HEIGHT = 9.0
 MOST_PAGES = 6  # of one figure; what is left out is said
 FONT = 7.5
 LONGEST_NAME = 26
+LINE = 118  # letters of a title at full width
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
@@ -80,7 +82,7 @@ def nothing(why: str) -> Page:
 
 def title(figure: Page, text: str) -> None:
     """What the figure shows, in lines over it."""
-    characters = int(118 * figure.get_figwidth() / WIDTH)
+    characters = int(LINE * figure.get_figwidth() / WIDTH)
     is_laid_out = figure.get_layout_engine() is None
     place = {"y": 1 - 0.06 / figure.get_figheight(), "va": "top"} if is_laid_out else {}
     figure.suptitle(
@@ -89,20 +91,27 @@ def title(figure: Page, text: str) -> None:
     )  # fmt: skip
 
 
+def title_height(text: str) -> float:
+    """Inches that `title` takes at full width, with the number of a page."""
+    return 0.1 + 0.145 * len(textwrap.wrap(plain(text) + " (page\u00a01\u00a0of\u00a06)", LINE))
+
+
 def page_note(figure: Page) -> str:
-    return f" (page {figure.page} of {figure.n_pages})" if figure.n_pages > 1 else ""
+    """With spaces that a line does not break at."""
+    return f" (page\u00a0{figure.page}\u00a0of\u00a0{figure.n_pages})" if figure.n_pages > 1 else ""
 
 
 def inch_grid(
     n_rows: int, n_columns: int, body: float, *, left: float, between: float, above: float, apart: float, below: float,
-    page: int, n_pages: int, sharey: bool = False, title_lines: int = 1,
+    page: int, n_pages: int, told: str, sharey: bool = False,
 ) -> tuple[Page, list[list]]:  # fmt: skip
     """A page with a grid of axes whose places are given in inches: quicker than a layout engine by far.
 
     `body` is the height of the axes, `above` the room over each row for titles, `apart` between rows, `below` under the
-    last one, `left` before the first column and `between` the columns. The x axes share their scale.
+    last one, `left` before the first column and `between` the columns; `told` will be the title. The x axes share their
+    scale.
     """
-    top = 0.18 + 0.15 * title_lines
+    top = title_height(told)
     height = top + n_rows * (above + body) + (n_rows - 1) * apart + below
     figure = Page(WIDTH, height, page, n_pages, layout="none")
     wide = min(2.6, (WIDTH - left - (n_columns - 1) * between - 0.1) / n_columns)
@@ -177,6 +186,7 @@ def draw_intervals(axes, low, high, at, colour, *, vertical: bool = False, width
 def draw_marks(axes, x, y, colour, marker, size: float = 3.6, hollow=False, **keywords) -> None:
     """A mark at each place that is defined, hollow ones as one artist and filled ones as another."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    size = size * SLIGHT.get(marker, 1.0)
     known = np.isfinite(x) & np.isfinite(y)
     is_hollow = np.broadcast_to(np.asarray(hollow, dtype=bool), x.shape)
     for chosen, face in ((known & ~is_hollow, colour), (known & is_hollow, "w")):
@@ -219,6 +229,11 @@ def finished(rows: pd.DataFrame) -> pd.DataFrame:
 def seeds_note(rows: pd.DataFrame, drawn: str = "") -> str:
     n = rows["seed"].nunique() if "seed" in rows and len(rows) else 0
     return f", mean over {n} seeds" + (f" ({drawn})" if drawn else "") if n > 1 else ""
+
+
+def percent(level: float) -> str:
+    """0.95 -> '95 %'."""
+    return f"{100 * level:.4g} %"
 
 
 def of_dataset(rows: pd.DataFrame, dataset: str) -> str:

@@ -92,7 +92,7 @@ def analyse(
     attributes = {name: config.group_attribute(name) for name in test_sets}
     drawn = study_figures(
         rows, shown_groups(done, groups, attributes), verdicts, significance, costs, probabilities,
-        dimensions=config.analysis.pareto, sensitivity=store.read_extra_table("layer_sensitivity"),
+        dimensions=config.analysis.pareto, level=level, sensitivity=store.read_extra_table("layer_sensitivity"),
     )  # fmt: skip
     figures, images = save_figures(store, drawn, config.analysis.vector_format)
 

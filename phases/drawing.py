@@ -62,33 +62,36 @@ def study_figures(
     costs: pd.DataFrame,
     probabilities: pd.DataFrame,
     dimensions: Sequence[str],
+    level: float,
     flips: pd.DataFrame | None = None,
     sensitivity: pd.DataFrame | None = None,
 ) -> Iterator[tuple[str, Page]]:
     """(name, page) of every figure, in the order of the report; one at a time, since each is large in memory.
 
-    `rows` are the planned cells that ended, `groups` the group rows to show, the others as in the figures' functions.
+    `rows` are the planned cells that ended, `groups` the group rows to show, the others as in the figures' functions;
+    `level` is that of their intervals.
     """
     v = visualizations
-    draws: dict[str, tuple] = {
-        "accuracy_heatmap": (v.accuracy_heatmap, rows),
-        "fairness_heatmap": (v.fairness_heatmap, rows, significance),
-        "per_group_performance": (v.per_group_performance, groups),
-        "mitigation_comparison": (v.mitigation_comparison, rows),
-        "cost_benefit": (v.cost_benefit, costs),
-        "hypothesis_validation": (v.hypothesis_validation, verdicts),
-        "pareto_frontier": (v.pareto_frontier, rows, dimensions),
-        "fairness_vs_bits": (v.fairness_vs_bits, rows),
-        "probability_calibration": (v.probability_calibration, probabilities, rows),
+    of_level = {"level": level}
+    draws: dict[str, tuple] = {  # the function, what it draws, how
+        "accuracy_heatmap": (v.accuracy_heatmap, [rows], {}),
+        "fairness_heatmap": (v.fairness_heatmap, [rows, significance], of_level),
+        "per_group_performance": (v.per_group_performance, [groups], of_level),
+        "mitigation_comparison": (v.mitigation_comparison, [rows], of_level),
+        "cost_benefit": (v.cost_benefit, [costs], of_level),
+        "hypothesis_validation": (v.hypothesis_validation, [verdicts], {}),
+        "pareto_frontier": (v.pareto_frontier, [rows, dimensions], of_level),
+        "fairness_vs_bits": (v.fairness_vs_bits, [rows], of_level),
+        "probability_calibration": (v.probability_calibration, [probabilities, rows], of_level),
     }
     if flips is not None:
-        draws["group_flip_rates"] = (v.group_flip_rates, flips)
+        draws["group_flip_rates"] = (v.group_flip_rates, [flips], of_level)
     if sensitivity is not None and sensitivity["cell"].isin(rows.loc[rows["status"] == "done", "cell"]).any():
-        draws["layer_sensitivity"] = (v.layer_sensitivity, sensitivity, rows)
+        draws["layer_sensitivity"] = (v.layer_sensitivity, [sensitivity, rows], {})
     for name in CAPTIONS:
         if name in draws:
-            draw, *arguments = draws[name]
-            for page in all_pages(draw, *arguments):
+            draw, tables, options = draws[name]
+            for page in all_pages(draw, *tables, **options):
                 yield name, page
 
 
