@@ -842,6 +842,12 @@ class ReportBounds(Section):
     prefer: Literal["size", "latency", "worst_group", "accuracy", "gap"] = "size"  # of those that hold every bound
 
 
+ParetoDimension = Literal[
+    "accuracy", "worst_group_accuracy", "accuracy_gap", "equalized_odds_difference", "demographic_parity_difference",
+    "size_mb", "latency_ms_b1", "latency_ms_b32",
+]  # fmt: skip
+
+
 class Analysis(Section):
     bootstrap_replicates: Annotated[int, Field(ge=100)] = 10_000
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
@@ -865,6 +871,15 @@ class Analysis(Section):
         return value
 
     bounds: ReportBounds = ReportBounds()
+
+    # what a setting must not be beaten in to be on the Pareto front
+    pareto: list[ParetoDimension] = Field(default=["accuracy", "accuracy_gap", "size_mb"], min_length=2)
+    vector_format: Literal["pdf", "svg"] = "pdf"  # of the figures, beside PNG
+
+    @pydantic.field_validator("pareto")
+    @classmethod
+    def _no_twins(cls, value):
+        return _distinct(value)
 
 
 class Deployment(Section):

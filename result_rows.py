@@ -89,7 +89,8 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
         for key, value in option.items():
             seen.setdefault((kind, key), set()).add(json.dumps(value, sort_keys=True, default=str))
     having = Counter((kind, key) for kind, option in zip(kinds, options, strict=True) for key in option)
-    lacking = {(kind, key) for (kind, key), count in having.items() if count < kinds.count(kind)}
+    of_kind = Counter(kinds)
+    lacking = {(kind, key) for (kind, key), count in having.items() if count < of_kind[kind]}
     widths, settings, orders = [], [], []
     for i, (kind, option) in enumerate(zip(kinds, options, strict=True)):
         method, strategy, _ = kind

@@ -7,14 +7,12 @@ same bytes.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 import hypotheses
 import literature
@@ -22,13 +20,16 @@ import rankings
 import report
 import study_tables
 import tables
-import visualizations
 import winners
 from config import Config
 from configurations import accuracy_intervals, configurations
+from cost_benefit import cost_benefit_table
+from figures.pareto import pareto_points
+from group_calibration import calibration_errors
 from group_counts import intersect
 from joint_bootstrap import COLLAPSED, TestSet
 from paired_tests import flip_table, intersection_significance, paired_significance, seed_effects
+from phases.drawing import probability_table, save_figures, shown_groups, study_figures
 from phases.plan import plan
 from recommendation import Bounds
 from result_rows import main_settings, model_label, with_labels
@@ -38,12 +39,9 @@ from store import (
     MissingArtifactError,
     Store,
     StoreError,
-    write_bytes,
     write_json,
     write_text,
 )
-
-FIGURE_DPI = 200
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what is being done)
 
@@ -80,11 +78,12 @@ def analyse(
     tell("paired differences")
     margin = config.analysis.equivalence_margin / 100
     significance = paired_significance(done, test_sets, replicates, level, margin)
+    flips = flip_table(done, test_sets, level)
     crossed = intersection_significance(done, test_sets, replicates, level, margin)
     for name, table in (
         ("significance", significance),
         ("significance_intersections", crossed),
-        ("flips", flip_table(done, test_sets, level)),
+        ("flips", flips),
         ("seed_effects", seed_effects(done)),
     ):
         write_text(store.analysis / f"{name}.csv", table.to_csv(index=False))
@@ -100,29 +99,21 @@ def analyse(
     write_text(store.analysis / "fairness_retention.csv", retention.to_csv(index=False))
 
     tell("figures")
-    all_groups = groups
-    groups = groups[groups["cell"].isin(done["cell"])].merge(done[["cell", "options"]], on="cell", how="left")
-    shown = [_groups_of(groups, name, config.group_attribute(name)) for name in test_sets]
-    figures = {
-        "accuracy_heatmap.png": visualizations.accuracy_heatmap(rows),
-        "per_group_performance.png": visualizations.per_group_performance(
-            pd.concat(shown).assign(attribute=" / ".join(dict.fromkeys(map(config.group_attribute, test_sets))))
-        ),
-        "mitigation_comparison.png": visualizations.mitigation_comparison(rows),
-        "hypothesis_validation.png": visualizations.hypothesis_validation(verdicts),
-        "pareto_frontier.png": visualizations.pareto_frontier(rows),
-        "fairness_vs_bits.png": visualizations.fairness_vs_bits(rows),
-    }
-    sensitivity = store.read_extra_table("layer_sensitivity")
-    if sensitivity is not None and sensitivity["cell"].isin(done["cell"]).any():
-        figures["layer_sensitivity.png"] = visualizations.layer_sensitivity(sensitivity, rows)
-    images = {}
-    for name, figure in figures.items():
-        images[name] = png(figure)
-        write_bytes(store.analysis / name, images[name])
+    benefits = cost_benefit_table(done, test_sets, replicates, level)
+    write_text(store.analysis / "cost_benefit.csv", benefits.to_csv(index=False))
+    probabilities = probability_table(store, done, test_sets, level)
+    write_text(store.analysis / "calibration.csv", probabilities.to_csv(index=False))
+    write_text(store.analysis / "calibration_error.csv", calibration_errors(probabilities).to_csv(index=False))
+    attributes = {name: config.group_attribute(name) for name in test_sets}
+    drawn = study_figures(
+        rows, shown_groups(done, groups, attributes), verdicts, significance, benefits, probabilities,
+        dimensions=config.analysis.pareto, level=level, flips=flips,
+        sensitivity=store.read_extra_table("layer_sensitivity"),
+    )  # fmt: skip
+    figures, images = save_figures(store, drawn, config.analysis.vector_format)
 
     tell("tables")
-    points = visualizations.pareto_points(rows)
+    points = pareto_points(rows, config.analysis.pareto)
     write_text(store.analysis / "pareto.csv", points.to_csv(index=False))
     tests = winners.best_tests(done, test_sets, 1 - level)
     write_text(store.analysis / "best_tests.csv", tests.to_csv(index=False))
@@ -180,13 +171,13 @@ def analyse(
         level=level,
         seeds=sorted(int(seed) for seed in done["seed"].unique()),
         targets={name: config.dataset(name).target for name in test_sets},
-        figures=[(name, CAPTIONS[name]) for name in figures],
+        figures=figures,
         environment=_environment(store),
         significance=significance,
         best_tests=tests,
         bounds=Bounds(**config.analysis.bounds.model_dump()),
     )
-    by_group = study_tables.group_accuracy(rows, all_groups)
+    by_group = study_tables.group_accuracy(rows, groups)
     printed = [report.results_section(study), *sections]
     printed += [
         tables.TableSection(
@@ -220,19 +211,6 @@ def analyse(
     write_text(store.analysis / "summary.md", report.summary_markdown(study))
     tell("done")
     return verdicts
-
-
-CAPTIONS = {
-    "accuracy_heatmap.png": "Accuracy of every model at every setting.",
-    "per_group_performance.png": "Accuracy of each group, FP32 against the main setting of each width.",
-    "mitigation_comparison.png": "Each strategy against plain quantization of the same model and width.",
-    "hypothesis_validation.png": "Each hypothesis: effect, interval, threshold and verdict.",
-    "pareto_frontier.png": "Size on disk against accuracy; the settings that no other one beats in both.",
-    "fairness_vs_bits.png": "Equalized-odds difference at each width (it is biased upward, the more the fewer the "
-    "images).",
-    "layer_sensitivity.png": "What the output loses when one layer alone goes to so many bits, and the width that "
-    "mixed precision chose for it.",
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------- input
@@ -422,17 +400,6 @@ def _range(values: pd.Series, scale: float, unit: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG bytes, without the metadata that would change between versions."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=FIGURE_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _groups_of(groups: pd.DataFrame, dataset: str, attribute: str) -> pd.DataFrame:
-    return groups[(groups["dataset"] == dataset) & (groups["attribute"] == attribute)]
 
 
 def _data(done: pd.DataFrame, groups: pd.DataFrame) -> pd.DataFrame:

@@ -81,7 +81,7 @@ def test_significance_holds_the_planted_effects(tmp_path, low_resolution):
 @pytest.fixture
 def low_resolution(monkeypatch):
     """For tests that do not look at the figures."""
-    monkeypatch.setattr("phases.analysis.FIGURE_DPI", 30)
+    monkeypatch.setattr("phases.drawing.FIGURE_DPI", 30)
 
 
 @pytest.fixture(scope="module")
