@@ -80,6 +80,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     report = Report(options.quiet)
     for line in unmatched_patterns(config, [cell for cells in planned.values() for cell in cells]):
         report.line(line)
+    unusable: list[str] = []
     for phase in phases:
         if phase != "baseline":
             _refresh(config, store, planned, report)
@@ -87,6 +88,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
         if phase == "analysis":
             module.run(config, store, report.step)
             report.line((store.analysis / "groups.md").read_text(encoding="utf-8"))
+            unusable = _unusable(store)
         else:
             module.run(config, store, report, device)
             store.write_group_table(everything)
@@ -101,12 +103,13 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     computed = [cell for phase in phases for cell in planned.get(phase, [])]
     undeployed = _failed_deployments(config, store, computed)
     unevaluated = cross_evaluate.failures(computed, config, store)
-    for line in (*undeployed, *unevaluated):
+    for line in (*undeployed, *unevaluated, *unusable):
         report.line(line)
     counts = [
         (len(failed), "cells failed"),
         (len(undeployed), "deployments failed"),
         (len(unevaluated), "evaluations on other data sets failed"),
+        (len(unusable), "finished cells left out of the analysis"),
     ]
     told = "".join(f"; {count} {what}" for count, what in counts if count)
     report.line(f"results are in {config.results_dir}{told}")
@@ -124,6 +127,15 @@ def _failed_deployments(config: Config, store, cells) -> list[str]:
         for row in record["extra"].get("deployment", [])
         if row["status"] == "failed" and row["engine"] in config.deployment.engines
     ]
+
+
+def _unusable(store) -> list[str]:
+    """A line for each finished cell whose predictions the analysis could not use."""
+    import pandas as pd
+
+    absent = pd.read_csv(store.analysis / "missing.csv")
+    absent = absent[absent["status"] == "unusable"]
+    return [f"left out of the analysis: {row.cell}: {row.why}" for row in absent.itertuples()]
 
 
 def _refresh(config: Config, store, planned: dict, report) -> None:

@@ -72,6 +72,7 @@ class Study:
     findings: list[str]
     planned: Mapping[str, int]  # phase -> planned cells
     missing: list[tuple[str, str]] = field(default_factory=list)  # (phase, cell) planned and not there
+    unusable: Sequence[tuple[str, str, str]] = ()  # (phase, cell, why): finished, but its predictions cannot be used
     leftovers: list[str] = field(default_factory=list)  # cells in the folder that the config does not plan
     replicates: int = 0
     level: float = 0.95
@@ -360,6 +361,9 @@ def summary_markdown(study: Study) -> str:
     if study.missing:
         lines += ["## Planned cells without a result", ""]
         lines += [f"- {escape(cell)} (python main.py --phase {phase})" for phase, cell in study.missing] + [""]
+    if study.unusable:
+        lines += ["## Finished cells whose predictions cannot be used, left out", ""]
+        lines += [f"- {escape(cell)}: {escape(why)}" for _, cell, why in study.unusable] + [""]
     if study.leftovers:
         lines += ["## In the folder, not planned by this config, left out", ""]
         lines += [f"- {escape(cell)}" for cell in study.leftovers] + [""]
@@ -390,7 +394,8 @@ def run_sentences(study: Study) -> list[str]:
     planned = sum(study.planned.values())
     phases = ", ".join(f"{count} {phase}" for phase, count in study.planned.items())
     sentences = [
-        f"{planned} cells planned ({phases}): {done} done, {failed} failed, {len(study.missing)} without a result."
+        f"{planned} cells planned ({phases}): {done} done, {failed} failed, {len(study.missing)} without a result"
+        + (f", {len(study.unusable)} with predictions that cannot be used." if study.unusable else ".")
     ]
     if not study.done["weight_bits"].notna().any():
         sentences.append("No finished quantized cell.")
@@ -462,6 +467,7 @@ def report_html(study: Study, images: Mapping[str, bytes]) -> str:
             ],
             failed=[{"cell": row.cell, "error": _error(row.error)} for row in study.failed.itertuples()],
             missing=study.missing,
+            unusable=study.unusable,
             leftovers=study.leftovers,
             environment=_flat(study.environment),
             reproduce=REPRODUCE,
@@ -539,7 +545,7 @@ footer { height: 4rem; }
 {% for section in sections %}<a href="#{{ section.id }}">{{ section.title }}</a>
 {% endfor %}<a href="#figures">Figures</a><a href="#results">All results</a>
 <a href="#data">Data</a><a href="#run">What was run</a>
-{%- if failed or missing or leftovers %}<a href="#absent">Failed and missing</a>{% endif -%}
+{%- if failed or missing or unusable or leftovers %}<a href="#absent">Failed and missing</a>{% endif -%}
 <a href="#environment">Environment</a></nav>
 <main>
 <h2 id="findings">Findings</h2>
@@ -579,12 +585,14 @@ footer { height: 4rem; }
 <h2 id="run">What was run</h2>
 <ul>{% for sentence in run %}<li>{{ sentence }}</li>{% endfor %}</ul>
 
-{% if failed or missing or leftovers -%}
+{% if failed or missing or unusable or leftovers -%}
 <h2 id="absent">Failed and missing</h2>
 {% if failed %}<h3>Failed cells</h3><ul>{% for cell in failed %}<li><code>{{ cell.cell }}</code>: {{ cell.error }}</li>
 {%- endfor %}</ul>{% endif %}
 {% if missing %}<h3>Planned cells without a result</h3><ul>{% for phase, cell in missing %}<li><code>{{ cell }}</code>
 (<code>python main.py --phase {{ phase }}</code>)</li>{% endfor %}</ul>{% endif %}
+{% if unusable %}<h3>Finished cells whose predictions cannot be used, left out</h3><ul>
+{%- for _, cell, why in unusable %}<li><code>{{ cell }}</code>: {{ why }}</li>{% endfor %}</ul>{% endif %}
 {% if leftovers %}<h3>In the folder, not planned by this config, left out</h3><ul>{% for cell in leftovers %}<li><code>
 {{- cell }}</code></li>{% endfor %}</ul>{% endif %}
 {%- endif %}

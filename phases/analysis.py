@@ -22,6 +22,7 @@ from config import Config
 from group_counts import METRICS, intersect
 from joint_bootstrap import COLLAPSED, TestSet
 from phases.plan import plan
+from phases.usable import NoUsablePredictions, usable_predictions
 from result_rows import main_settings, model_label, plain_counterparts, with_labels
 from significance import holm, mcnemar_midp, paired_count_table, paired_difference_intervals
 from store import (
@@ -72,7 +73,10 @@ def analyse(
             "make them with python main.py --phase baseline"
         )
     groups = store.read_group_table()
-    test_sets = {name: load_test_set(config, store, name, block, groups) for name, block in done.groupby("dataset")}
+    test_sets, unusable = load_test_sets(config, store, done, groups)
+    rows, done = (frame[~frame["cell"].isin(unusable)].reset_index(drop=True) for frame in (rows, done))
+    absent = absences(rows, missing, unusable, planned)
+    write_text(store.analysis / "missing.csv", absent.to_csv(index=False))
     replicates, level = config.analysis.bootstrap_replicates, config.analysis.confidence
 
     tell("paired differences")
@@ -151,6 +155,7 @@ def analyse(
         findings=findings(done, test_sets, changes, significance, points, config),
         planned={phase: len(cells) for phase, cells in planned.items()},
         missing=missing,
+        unusable=list(absent.loc[absent["status"] == "unusable", ["phase", "cell", "why"]].itertuples(index=False)),
         leftovers=leftovers,
         replicates=replicates,
         level=level,
@@ -197,6 +202,7 @@ def planned_rows(
             continue
         tables.append(store.read_table(phase).assign(phase=phase))
     rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(ROW_COLUMNS))
+    rows = rows[rows["status"].isin(["done", "failed"])]  # a file cut off in the middle of a row
     order = {cell: i for i, cell in enumerate(cell for cells in planned.values() for cell in cells)}
     is_planned = rows["cell"].isin(list(order))
     leftovers = sorted(rows.loc[~is_planned, "cell"])
@@ -207,19 +213,53 @@ def planned_rows(
     return rows, missing, leftovers
 
 
-def load_test_set(config: Config, store: Store, dataset: str, rows: pd.DataFrame, groups: pd.DataFrame) -> TestSet:
-    """The saved predictions of the finished cells of a data set, checked to be of the same images."""
-    first, predictions, n_classes = None, {}, 2
-    for cell in rows["cell"]:
-        saved = store.predictions(cell)
-        if first is None:
-            first, first_cell, n_classes = saved, cell, saved.logits.shape[1]
-        if not (np.array_equal(saved.index, first.index) and np.array_equal(saved.y_true, first.y_true)):
-            raise StoreError(
-                f"{store.predictions_path(cell)}: not of the same test images as {first_cell}; "
-                "run again with --fresh, or delete that file and run again"
-            )
-        predictions[cell] = saved.y_pred.astype(np.int16)
+def load_test_sets(
+    config: Config, store: Store, done: pd.DataFrame, groups: pd.DataFrame
+) -> tuple[dict[str, TestSet], dict[str, str]]:
+    """The test set of each data set, and of each finished cell whose predictions cannot be used the reason.
+
+    StoreError where there is none that can be used.
+    """
+    test_sets, unusable = {}, {}
+    for name, block in done.groupby("dataset"):
+        try:
+            test_sets[name] = load_test_set(config, store, name, block, groups, unusable)
+        except NoUsablePredictions as error:
+            unusable |= error.why
+    if not test_sets:
+        raise NoUsablePredictions(unusable)
+    return test_sets, unusable
+
+
+def absences(
+    rows: pd.DataFrame,
+    missing: Sequence[tuple[str, str]],
+    unusable: Mapping[str, str],
+    planned: Mapping[str, Sequence[str]],
+) -> pd.DataFrame:
+    """missing.csv: each planned cell that the analysis does without, in planned order, and why."""
+    why = {cell: ("missing", f"no result; python main.py --phase {phase}") for phase, cell in missing}
+    failed = rows[rows["status"] == "failed"]
+    why |= {cell: ("failed", error) for cell, error in zip(failed["cell"], failed["error"], strict=True)}
+    why |= {cell: ("unusable", reason) for cell, reason in unusable.items()}
+    found = [(phase, cell, *why[cell]) for phase, cells in planned.items() for cell in cells if cell in why]
+    return pd.DataFrame(found, columns=["phase", "cell", "status", "why"])
+
+
+def load_test_set(
+    config: Config,
+    store: Store,
+    dataset: str,
+    rows: pd.DataFrame,
+    groups: pd.DataFrame,
+    unusable: dict[str, str] | None = None,
+) -> TestSet:
+    """The saved predictions of the finished cells of a data set, all of the same images. Why others cannot be used goes
+    into `unusable`; NoUsablePredictions where that is all of them."""
+    first = usable_predictions(store, list(rows["cell"]))
+    if unusable is not None:
+        unusable |= first.unusable
+    first_cell = first.first
     of_set = groups[groups["dataset"] == dataset]
     names = {}
     for attribute, codes in first.sensitive.items():
@@ -237,14 +277,14 @@ def load_test_set(config: Config, store: Store, dataset: str, rows: pd.DataFrame
     return TestSet(
         dataset=dataset,
         attribute=attribute,
-        label_N=first.y_true.astype(np.int64),
-        group_N=first.sensitive[attribute].astype(np.int64),
+        label_N=first.y_true,
+        group_N=first.sensitive[attribute],
         group_names=names[attribute],
         intersection_N=intersection_N,
         intersection_names=intersection_names,
-        n_classes=int(n_classes),
+        n_classes=first.n_classes,
         min_group_size=config.data.min_group_size,
-        predictions=predictions,
+        predictions=first.predictions,
     )
 
 
