@@ -134,7 +134,7 @@ def _unusable(store) -> list[str]:
     import pandas as pd
 
     absent = pd.read_csv(store.analysis / "missing.csv")
-    absent = absent[absent["status"] == "unusable"]
+    absent = absent[absent["status"].isin(["unusable", "unusable elsewhere"])]
     return [f"left out of the analysis: {row.cell}: {row.why}" for row in absent.itertuples()]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+import cross_dataset
 import hypotheses
 import report
 import visualizations
@@ -75,7 +76,8 @@ def analyse(
     groups = store.read_group_table()
     test_sets, unusable = load_test_sets(config, store, done, groups)
     rows, done = (frame[~frame["cell"].isin(unusable)].reset_index(drop=True) for frame in (rows, done))
-    absent = absences(rows, missing, unusable, planned)
+    transfer, elsewhere = cross_dataset.measure_transfer(done, test_sets, config, store)
+    absent = pd.concat([absences(rows, missing, unusable, planned), elsewhere], ignore_index=True)
     write_text(store.analysis / "missing.csv", absent.to_csv(index=False))
     replicates, level = config.analysis.bootstrap_replicates, config.analysis.confidence
 
@@ -105,6 +107,9 @@ def analyse(
     sensitivity = store.read_extra_table("layer_sensitivity")
     if sensitivity is not None and sensitivity["cell"].isin(done["cell"]).any():
         figures["layer_sensitivity.png"] = visualizations.layer_sensitivity(sensitivity, rows)
+    if len(transfer):
+        figures["cross_dataset.png"] = cross_dataset.cross_dataset(transfer)
+        write_text(store.analysis / "cross_dataset.csv", transfer.to_csv(index=False))
     images = {}
     for name, figure in figures.items():
         images[name] = png(figure)
@@ -123,6 +128,12 @@ def analyse(
         report.TableSection("repairs", "Repairs", report.REPAIR_NOTE, timeless),
         report.TableSection("deployed", "Deployed", report.DEPLOYED_NOTE, deployed),
     ]
+    if config.evaluation.also_on:
+        note = cross_dataset.NOTE + (
+            f" {len(elsewhere)} finished cells are not in it: see missing.csv." if len(elsewhere) else ""
+        )
+        of_both = cross_dataset.transfer_table(transfer, level)
+        sections.append(report.TableSection("cross-dataset", "On another data set", note, of_both))
     sections = [section for section in sections if len(section.table)]
     tables = {
         "results": (report.result_table(rows), "Every finished and failed cell."),
@@ -152,7 +163,8 @@ def analyse(
         changes=changes,
         sections=sections,
         hypotheses=verdicts,
-        findings=findings(done, test_sets, changes, significance, points, config),
+        findings=findings(done, test_sets, changes, significance, points, config)
+        + cross_dataset.transfer_sentences(transfer, level),
         planned={phase: len(cells) for phase, cells in planned.items()},
         missing=missing,
         unusable=list(absent.loc[absent["status"] == "unusable", ["phase", "cell", "why"]].itertuples(index=False)),
@@ -171,6 +183,7 @@ def analyse(
 
 
 CAPTIONS = {
+    "cross_dataset.png": cross_dataset.CAPTION,
     "accuracy_heatmap.png": "Accuracy of every model at every setting.",
     "per_group_performance.png": "Accuracy of each group, FP32 against the main setting of each width.",
     "mitigation_comparison.png": "Each strategy against plain quantization of the same model and width.",
