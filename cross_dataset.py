@@ -23,7 +23,7 @@ from config import Config
 from group_mapping import Correspondence, correspondence
 from joint_bootstrap import TestSet
 from phases.usable import NoUsablePredictions, UsablePredictions, usable_predictions
-from result_rows import main_settings, model_label, with_labels
+from result_rows import FP32, main_settings, model_label, with_labels
 from store import Store, seed_for
 from visualizations import COLOURS, FONT, GREY, MARKERS, WIDTH
 
@@ -37,7 +37,8 @@ COLUMNS = (
 NOTE = (
     "Models measured on another data set too, with the groups that both have. Home: the test images of the data set "
     "that a model was trained on; abroad: those of the other one. Changes are accuracy minus FP32's, in points. The "
-    "group hit hardest is chosen by its change at home, which is overstated by that; its change abroad is not."
+    "group hit hardest is chosen by its change at home, which is overstated by that; its change abroad is not. A model "
+    "that does little better than guessing abroad has little to lose there."
 )
 CAPTION = (
     "What quantization changes in each group's accuracy: on the data set that a model was trained on, and on another "
@@ -124,13 +125,16 @@ def transfer_sentences(frame: pd.DataFrame, level: float) -> list[str]:
         groups = block[(block["group"] != ALL) & ~block["too_small"]]
         if everyone.empty or groups.empty:
             continue
+        fp32 = frame[(frame["width"] == FP32) & (frame["group"] == ALL) & (frame["trained_on"] == trained_on)]
+        fp32 = fp32[(fp32["evaluated_on"] == evaluated_on) & fp32["model"].isin(everyone["model"])]
+        levels = [_span(100 * fp32[f"accuracy_{side}"], sign=False) for side in ("home", "abroad")]
         differing = int(((groups["difference_low"] > 0) | (groups["difference_high"] < 0)).sum())
         changes = [_span(100 * everyone[f"change_{side}"]) for side in ("home", "abroad")]
         sentences.append(
             f"Models trained on {trained_on}: {setting} changes accuracy by {changes[0]} points there and by "
-            f"{changes[1]} on {evaluated_on}; of {len(groups)} changes of a group, {differing} differ between the two "
-            f"data sets with a {level * 100:.4g} % interval that excludes zero (by chance alone, about "
-            f"{(1 - level) * len(groups):.1f} would)."
+            f"{changes[1]} on {evaluated_on} (FP32: {levels[0]} % and {levels[1]} %); of {len(groups)} changes of a "
+            f"group, {differing} differ between the two data sets with a {level * 100:.4g} % interval that excludes "
+            f"zero (by chance alone, about {(1 - level) * len(groups):.1f} would)."
         )
     return sentences
 
@@ -325,8 +329,8 @@ def _change(row: pd.Series, side: str) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _span(values: pd.Series) -> str:
-    low, high = report.number(values.min(), 1, sign=True), report.number(values.max(), 1, sign=True)
+def _span(values: pd.Series, sign: bool = True) -> str:
+    low, high = report.number(values.min(), 1, sign=sign), report.number(values.max(), 1, sign=sign)
     return low if low == high else f"{low} to {high}"
 
 

@@ -29,11 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from datasets import DataError
     from models import CheckpointError
     from store import Store, StoreError
+    from tracking import check_installed
 
     try:
         _check_models(config)
         _check_engines(config, _phases(options.phase))
         _check_evaluation(config)
+        check_installed(config.tracking)
         device = _device(options.device)
         store = Store(config.results_dir)
         if options.dry_run:
@@ -71,6 +73,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     from phases.deploy import unmatched_patterns
     from phases.plan import plan
     from runner import Report
+    from tracking import Tracker
 
     planned = plan(config)
     everything = [cell.id for cells in planned.values() for cell in cells]
@@ -78,6 +81,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     if options.fresh:
         store.clear([cell.id for phase in phases for cell in planned.get(phase, [])])
     report = Report(options.quiet)
+    report.tracker = Tracker(config, store.root, report.line)
     for line in unmatched_patterns(config, [cell for cells in planned.values() for cell in cells]):
         report.line(line)
     unusable: list[str] = []

@@ -109,7 +109,10 @@ def test_the_table_and_the_sentences_say_what_the_frame_holds(tmp_path):
     assert four["change, home [95 % CI]"].startswith("-12.2 [")
     assert table.loc["FP32", "change, abroad [95 % CI]"] == "–"
     eight, four = transfer_sentences(frame, 0.95)
-    assert "W8A8 static (mse) changes accuracy by 0.0 points there and by 0.0 on celeba" in eight
+    assert (
+        "W8A8 static (mse) changes accuracy by 0.0 points there and by 0.0 on celeba (FP32: 90.0 % and 80.0 %);"
+        in eight
+    )
     assert "of 2 changes of a group, 0 differ" in eight
     assert "W4A4 static (mse) changes accuracy by -12.2 points there and by -18.7 on celeba" in four
     assert "of 2 changes of a group, 1 differ" in four
