@@ -918,6 +918,76 @@ class Deployment(Section):
         return _patterns(value)
 
 
+class AttributeNames(Section):
+    """How a data set calls a common attribute, and the common names of its values; several values may share one."""
+
+    attribute: str
+    names: dict[str, str] = Field(min_length=1)  # value of the data set -> common name
+
+
+AGE_BANDS = {name: name for name in ("under 20", "20-39", "40 and over")}
+RACES = {name: name for name in ("White", "Black", "Asian", "Indian", "Others")}
+# common attribute -> data set -> its names for it
+COMMON_ATTRIBUTES: dict[str, dict[str, dict[str, Any]]] = {
+    "gender": {
+        "celeba": {"attribute": "Male", "names": {"female": "female", "male": "male"}},
+        "utkface": {"attribute": "gender", "names": {"male": "male", "female": "female"}},
+        "fairface": {"attribute": "gender", "names": {"Male": "male", "Female": "female"}},
+        "synthetic": {"attribute": "gender", "names": {"female": "female", "male": "male"}},
+    },
+    "race": {
+        "utkface": {"attribute": "race", "names": RACES},
+        "fairface": {
+            "attribute": "race",
+            "names": {
+                "White": "White",
+                "Black": "Black",
+                "East Asian": "Asian",
+                "Southeast Asian": "Asian",
+                "Indian": "Indian",
+                "Latino_Hispanic": "Others",
+                "Middle Eastern": "Others",
+            },
+        },
+    },
+    "age_group": {
+        "utkface": {"attribute": "age_group", "names": AGE_BANDS},
+        "fairface": {"attribute": "age_group", "names": AGE_BANDS},
+    },
+}
+
+
+class Evaluation(Section):
+    """Other data sets whose test images every model of the study predicts too."""
+
+    also_on: list[Literal["celeba", "utkface", "fairface", "synthetic"]] = []
+    # what corresponds to what; an entry of yours is beside these or, for the same attribute and data set, instead
+    mappings: dict[str, dict[Literal["celeba", "utkface", "fairface", "synthetic"], AttributeNames]] = {
+        common: {dataset: AttributeNames(**names) for dataset, names in sets.items()}
+        for common, sets in COMMON_ATTRIBUTES.items()
+    }
+
+    @pydantic.field_validator("also_on", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        return [value] if isinstance(value, str) else value
+
+    @pydantic.field_validator("also_on")
+    @classmethod
+    def _no_twins(cls, value):
+        return _distinct(value)
+
+    @pydantic.field_validator("mappings", mode="before")
+    @classmethod
+    def _merged(cls, value):
+        if not isinstance(value, dict) or not all(isinstance(sets, dict) for sets in value.values()):
+            return value
+        return {
+            common: {**COMMON_ATTRIBUTES.get(common, {}), **value.get(common, {})}
+            for common in {**COMMON_ATTRIBUTES, **value}
+        }
+
+
 class Run(Section):
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     executor: Literal["serial"] = "serial"
@@ -944,6 +1014,8 @@ class Config(Section):
     mitigation: Mitigation = Field(default_factory=Mitigation)
     analysis: Analysis = Field(default_factory=Analysis)
     deployment: Deployment = Deployment()
+    evaluation: Evaluation = Evaluation()
+    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"  # where each cell is logged too
     run: Run = Run()
     results_dir: str = "results"
 
@@ -1019,7 +1091,12 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _attributes(self):
-        for name in self.data.dataset:
+        for name in self.evaluation.also_on:
+            if self.data.dataset == [name]:
+                raise ValueError(
+                    f"evaluation.also_on: {name} is the data set that the models are trained on; name another one"
+                )
+        for name in dict.fromkeys((*self.data.dataset, *self.evaluation.also_on)):
             section = getattr(self.data, name)
             if section.target in section.sensitive:
                 raise ValueError(
@@ -1029,7 +1106,8 @@ class Config(Section):
                 _distinct(section.sensitive)
             except ValueError as error:
                 raise ValueError(f"data.{name}.sensitive: {error}") from None
-            if self.analysis.attribute is not None and self.analysis.attribute not in section.sensitive:
+            is_trained_on = name in self.data.dataset
+            if is_trained_on and self.analysis.attribute not in (None, *section.sensitive):
                 raise ValueError(
                     f"analysis.attribute: {self.analysis.attribute!r} is not a sensitive attribute of {name}"
                     f"{suggest(self.analysis.attribute, section.sensitive)}"

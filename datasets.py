@@ -106,13 +106,16 @@ class FaceDataset:
     problems: list[str]  # one line each: what was found wrong and left out
 
 
-def load_dataset(config: Config, name: str, progress: Progress | None = None) -> FaceDataset:
+def load_dataset(
+    config: Config, name: str, progress: Progress | None = None, only: Sequence[str] = SPLITS
+) -> FaceDataset:
     """The data set as `config.data` describes it, its images cached under `config.data.cache`.
 
     `max_train` and `max_test` take stratified subsets (label and sensitive attributes) that are nested: a larger
     maximum adds samples to a smaller one's. Validation shrinks with train, in proportion. Only what was selected is
     decoded; an image that cannot be is left out and named in `problems`, and no other takes its place. `progress(what,
-    done, total)` is called while images are decoded. Raises DataError, one line, for anything that cannot be used.
+    done, total)` is called while images are decoded. `only` these splits are decoded and there, with the same images
+    as among all. Raises DataError, one line, for anything that cannot be used.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}{suggest(name, DATASETS)}")
@@ -120,12 +123,14 @@ def load_dataset(config: Config, name: str, progress: Progress | None = None) ->
     if section.target in section.sensitive:
         raise DataError(f"data.{name}.sensitive: the target {section.target!r} cannot be a sensitive attribute too")
     if name == "synthetic":
-        return _load_synthetic(config, progress)
+        return _load_synthetic(config, progress, only)
     root = Path(section.root) if section.root is not None else Path("data/datasets") / name
     samples = READERS[name](root.expanduser(), section)
     problems = list(samples.problems)
     splits, contents = {}, {}
     for split, chosen in _select(samples, section).items():
+        if split not in only:
+            continue
         if not len(chosen):
             raise DataError(f"{samples.root}: the {split} split of {name} is empty: no image of it is there")
         files = samples.files[chosen].tolist()
@@ -238,7 +243,7 @@ def _strata(values: list[np.ndarray]) -> np.ndarray:
     return np.unique(np.stack(values, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _load_synthetic(config: Config, progress: Progress | None) -> FaceDataset:
+def _load_synthetic(config: Config, progress: Progress | None, only: Sequence[str]) -> FaceDataset:
     section = config.data.synthetic
     knobs = {name: getattr(section, name) for name in SYNTHETIC_KNOBS}
     counts = {"train": section.train_images, "validation": section.validation_images, "test": section.test_images}
@@ -251,6 +256,8 @@ def _load_synthetic(config: Config, progress: Progress | None) -> FaceDataset:
     key = {**knobs, "seed": section.seed, "renderer": hashlib.sha256(probe.tobytes()).hexdigest()}
     splits, contents = {}, {}
     for split, count in counts.items():
+        if split not in only:
+            continue
         start = SYNTHETIC_START[split]
 
         def blocks(count=count, start=start):
@@ -298,7 +305,7 @@ def _assemble(
     sensitive_names = {attribute: tuple(value_names[attribute]) for attribute in section.sensitive}
     for split in splits.values():
         problems += _absences(split, section.target, class_names, sensitive_names)
-    classes = np.unique(splits["train"].labels)
+    classes = np.unique(splits["train"].labels) if "train" in splits else range(len(class_names))
     if len(classes) < 2:
         raise DataError(
             f"data.{name}.target: every training image has {section.target} = {class_names[classes[0]]}; "

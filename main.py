@@ -29,10 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from datasets import DataError
     from models import CheckpointError
     from store import Store, StoreError
+    from tracking import check_installed
 
     try:
         _check_models(config)
         _check_engines(config, _phases(options.phase))
+        _check_evaluation(config)
+        check_installed(config.tracking)
         device = _device(options.device)
         store = Store(config.results_dir)
         if options.dry_run:
@@ -66,9 +69,11 @@ def _parser() -> argparse.ArgumentParser:
 def _run(config: Config, store, phases: Sequence[str], device: str, options: argparse.Namespace) -> int:
     import importlib
 
+    from phases import cross_evaluate
     from phases.deploy import unmatched_patterns
     from phases.plan import plan
     from runner import Report
+    from tracking import Tracker
 
     planned = plan(config)
     everything = [cell.id for cells in planned.values() for cell in cells]
@@ -76,8 +81,10 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     if options.fresh:
         store.clear([cell.id for phase in phases for cell in planned.get(phase, [])])
     report = Report(options.quiet)
+    report.tracker = Tracker(config, store.root, report.line)
     for line in unmatched_patterns(config, [cell for cells in planned.values() for cell in cells]):
         report.line(line)
+    unusable: list[str] = []
     for phase in phases:
         if phase != "baseline":
             _refresh(config, store, planned, report)
@@ -85,6 +92,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
         if phase == "analysis":
             module.run(config, store, report.step)
             report.line((store.analysis / "groups.md").read_text(encoding="utf-8"))
+            unusable = _unusable(store)
         else:
             module.run(config, store, report, device)
             store.write_group_table(everything)
@@ -96,13 +104,20 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     ]
     for cell, error in failed:
         report.line(f"failed: {cell}: {error}")
-    undeployed = _failed_deployments(config, store, [cell for phase in phases for cell in planned.get(phase, [])])
-    for line in undeployed:
+    computed = [cell for phase in phases for cell in planned.get(phase, [])]
+    undeployed = _failed_deployments(config, store, computed)
+    unevaluated = cross_evaluate.failures(computed, config, store)
+    for line in (*undeployed, *unevaluated, *unusable):
         report.line(line)
-    counts = [(len(failed), "cells failed"), (len(undeployed), "deployments failed")]
+    counts = [
+        (len(failed), "cells failed"),
+        (len(undeployed), "deployments failed"),
+        (len(unevaluated), "evaluations on other data sets failed"),
+        (len(unusable), "finished cells left out of the analysis"),
+    ]
     told = "".join(f"; {count} {what}" for count, what in counts if count)
     report.line(f"results are in {config.results_dir}{told}")
-    return 1 if failed or undeployed else 0
+    return 1 if any(count for count, _ in counts) else 0
 
 
 def _failed_deployments(config: Config, store, cells) -> list[str]:
@@ -118,13 +133,26 @@ def _failed_deployments(config: Config, store, cells) -> list[str]:
     ]
 
 
+def _unusable(store) -> list[str]:
+    """A line for each finished cell whose predictions the analysis could not use."""
+    import pandas as pd
+
+    absent = pd.read_csv(store.analysis / "missing.csv")
+    absent = absent[absent["status"].isin(["unusable", "unusable elsewhere"])]
+    return [f"left out of the analysis: {row.cell}: {row.why}" for row in absent.itertuples()]
+
+
 def _refresh(config: Config, store, planned: dict, report) -> None:
     """Derive the rows again whose metric settings the config has changed since, so that no table mixes the two."""
+    from phases import cross_evaluate
     from phases.deploy import write_tables
     from phases.measure import refresh_metrics
 
-    everything = [cell.id for cells in planned.values() for cell in cells]
-    refreshed = refresh_metrics([cell for cells in planned.values() for cell in cells], config, store)
+    cells = [cell for block in planned.values() for cell in block]
+    everything = [cell.id for cell in cells]
+    if cross_evaluate.refresh(cells, config, store):
+        cross_evaluate.write_tables(store, everything)
+    refreshed = refresh_metrics(cells, config, store)
     if refreshed:
         report.line(f"{refreshed} rows derived again from saved predictions, as this config wants them")
         for phase, cells in planned.items():
@@ -164,8 +192,18 @@ def _check_engines(config: Config, phases: Sequence[str]) -> None:
             raise ConfigError(f"deployment.engines: {error}, or leave it out") from None
 
 
+def _check_evaluation(config: Config) -> None:
+    """ConfigError for a data set of evaluation.also_on that the models cannot be measured on."""
+    from group_mapping import correspondence
+
+    for trained_on in config.data.dataset:
+        for name in config.evaluation.also_on:
+            if name != trained_on:
+                correspondence(config, trained_on, name)
+
+
 def _dry_run(config: Config, store, phases: Sequence[str]) -> int:
-    from phases import deploy, diagnose
+    from phases import cross_evaluate, deploy, diagnose
     from phases.plan import plan
 
     for phase, cells in plan(config).items():
@@ -177,6 +215,8 @@ def _dry_run(config: Config, store, phases: Sequence[str]) -> int:
                 missing[cell.id] = "deploy"  # where it is computed: what the config deploys of it
             elif not diagnose.is_complete(cell, config, store):
                 missing[cell.id] = "diagnose"
+            elif not cross_evaluate.is_complete(cell, config, store):
+                missing[cell.id] = "measure"
         done = len(cells) - len(missing)
         print(f"{phase}: {len(cells)} cells, {done} done, {len(cells) - done} to do")
         for cell in cells:

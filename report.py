@@ -41,6 +41,7 @@ class Study:
     findings: list[str]
     planned: Mapping[str, int]  # phase -> planned cells
     missing: list[tuple[str, str]] = field(default_factory=list)  # (phase, cell) planned and not there
+    unusable: Sequence[tuple[str, str, str]] = ()  # (phase, cell, why): finished, but its predictions cannot be used
     leftovers: list[str] = field(default_factory=list)  # cells in the folder that the config does not plan
     replicates: int = 0
     level: float = 0.95
@@ -75,7 +76,8 @@ def run_sentences(study: Study) -> list[str]:
     planned = sum(study.planned.values())
     phases = ", ".join(f"{count} {phase}" for phase, count in study.planned.items())
     sentences = [
-        f"{planned} cells planned ({phases}): {done} done, {failed} failed, {len(study.missing)} without a result."
+        f"{planned} cells planned ({phases}): {done} done, {failed} failed, {len(study.missing)} without a result"
+        + (f", {len(study.unusable)} with predictions that cannot be used." if study.unusable else ".")
     ]
     if not study.done["weight_bits"].notna().any():
         sentences.append("No finished quantized cell.")
@@ -144,6 +146,9 @@ def summary_markdown(study: Study) -> str:
     if study.missing:
         named = [f"- {escape(cell)} (python main.py --phase {phase})" for phase, cell in study.missing]
         lines += ["## Planned cells without a result", "", *_first(named), ""]
+    if study.unusable:
+        named = [f"- {escape(cell)}: {escape(why)}" for _, cell, why in study.unusable]
+        lines += ["## Finished cells whose predictions cannot be used, left out", "", *_first(named), ""]
     if study.leftovers:
         named = [f"- {escape(cell)}" for cell in study.leftovers]
         lines += ["## In the folder, not planned by this config, left out", "", *_first(named), ""]
@@ -193,6 +198,7 @@ def page_parts(study: Study, images: Mapping[str, bytes]) -> dict[str, Any]:
         ],
         "failed": [{"cell": row.cell, "error": _error(row.error)} for row in study.failed.itertuples()],
         "missing": study.missing,
+        "unusable": study.unusable,
         "leftovers": study.leftovers,
         "environment": _flat(study.environment),
         "reproduce": REPRODUCE,

@@ -20,6 +20,7 @@ from datasets import DataError
 from models import CheckpointError
 from phases.plan import Cell
 from store import Store, StoreError, seed_for
+from tracking import Tracker
 
 FATAL = (StoreError, DataError, ConfigError, CheckpointError)  # what no cell can help
 TABLE_SECONDS = 5.0  # the tables on disk are at most so much older than the records they are made of
@@ -41,6 +42,7 @@ class Report:
     """Tells the person at the keyboard how far the run is: a live bar in a terminal, plain lines elsewhere."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
+        self.tracker: Tracker | None = None  # gets each cell that ended
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self.has_details = not quiet and not self.live
@@ -105,6 +107,8 @@ def run_cells(
             start = time.perf_counter()
             row, groups, extra = _run_cell(cell, compute, config, report, position)
             store.write_cell(row, groups, extra)
+            if report.tracker is not None:
+                report.tracker.log(cell, row, extra)
             seconds = time.perf_counter() - start
             outcome = (
                 f"accuracy {100 * row['accuracy']:.1f} %" if row["status"] == "done" else f"FAILED: {row['error']}"

@@ -163,10 +163,16 @@ class Store:
             record = json.loads(path.read_text(encoding="utf-8"))
             if not {"phase", "status"} <= record["row"].keys():
                 raise ValueError("not a record")
+            version = record["schema_version"]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: other JSON
             raise StoreError(f"{path}: cannot be read ({error}); delete it to have the cell computed again") from None
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                f"{path}: written with results schema {version}, this program reads {SCHEMA_VERSION}; use another "
+                "results_dir, or delete it to have the cell computed again"
+            )
         return record
 
     def is_done(self, cell: str) -> bool:
@@ -254,16 +260,13 @@ class Store:
         path = self.results_path(phase)
         if not path.exists():
             raise MissingArtifactError(f"{path}: missing; make it with python main.py --phase {phase}")
-        try:
-            return pd.read_csv(path, keep_default_na=False, na_values=[""])
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path}: not a readable results file ({error})") from None
+        return _read_csv(path, ROW_COLUMNS, phase)
 
     def read_group_table(self) -> pd.DataFrame:
         path = self.root / "group_results.csv"
         if not path.exists():
             raise MissingArtifactError(f"{path}: missing; make it with python main.py --phase baseline")
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+        return _read_csv(path, GROUP_COLUMNS, "baseline")
 
     def _schema_version(self) -> Any:
         path = self.root / "environment.json"
@@ -273,6 +276,19 @@ class Store:
             return json.loads(path.read_text(encoding="utf-8")).get("schema_version", "unknown")
         except (OSError, ValueError, AttributeError) as error:
             raise StoreError(f"{path}: cannot be read ({error}); use another results_dir") from None
+
+
+def _read_csv(path: Path, columns: Sequence[str], phase: str) -> pd.DataFrame:
+    """A table that a phase wrote and writes again from the cells' records; StoreError where it is not whole."""
+    again = f"python main.py --phase {phase} writes it again from cells/"
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: not a readable results file ({' '.join(str(error).split())}); {again}") from None
+    absent = [column for column in columns if column not in table]
+    if absent:
+        raise StoreError(f"{path}: no column {absent[0]!r}; {again}")
+    return table
 
 
 def ordered_rows(records: dict[str, dict], planned: Sequence[str]) -> list[dict]:

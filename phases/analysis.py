@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+import cross_dataset
 import hypotheses
 import literature
 import rankings
@@ -31,6 +32,7 @@ from joint_bootstrap import COLLAPSED, TestSet
 from paired_tests import flip_table, intersection_significance, paired_significance, seed_effects
 from phases.drawing import probability_table, save_figures, shown_groups, study_figures
 from phases.plan import plan
+from phases.usable import NoUsablePredictions, usable_predictions
 from recommendation import Bounds
 from result_rows import main_settings, model_label, with_labels
 from store import (
@@ -72,7 +74,11 @@ def analyse(
             "make them with python main.py --phase baseline"
         )
     groups = store.read_group_table()
-    test_sets = {name: load_test_set(config, store, name, block, groups) for name, block in done.groupby("dataset")}
+    test_sets, unusable = load_test_sets(config, store, done, groups)
+    rows, done = (frame[~frame["cell"].isin(unusable)].reset_index(drop=True) for frame in (rows, done))
+    transfer, elsewhere = cross_dataset.measure_transfer(done, test_sets, config, store)
+    absent = pd.concat([absences(rows, missing, unusable, planned), elsewhere], ignore_index=True)
+    write_text(store.analysis / "missing.csv", absent.to_csv(index=False))
     replicates, level = config.analysis.bootstrap_replicates, config.analysis.confidence
 
     tell("paired differences")
@@ -107,9 +113,11 @@ def analyse(
     attributes = {name: config.group_attribute(name) for name in test_sets}
     drawn = study_figures(
         rows, shown_groups(done, groups, attributes), verdicts, significance, benefits, probabilities,
-        dimensions=config.analysis.pareto, level=level, flips=flips,
+        dimensions=config.analysis.pareto, level=level, flips=flips, transfer=transfer,
         sensitivity=store.read_extra_table("layer_sensitivity"),
     )  # fmt: skip
+    if len(transfer):
+        write_text(store.analysis / "cross_dataset.csv", transfer.to_csv(index=False))
     figures, images = save_figures(store, drawn, config.analysis.vector_format)
 
     tell("tables")
@@ -155,6 +163,12 @@ def analyse(
         ),
         tables.TableSection("literature", literature.TITLE, literature.NOTE, literature.literature_table(verdicts)),
     ]
+    if config.evaluation.also_on:
+        note = cross_dataset.NOTE + (
+            f" {len(elsewhere)} finished cells are not in it: see missing.csv." if len(elsewhere) else ""
+        )
+        of_both = cross_dataset.transfer_table(transfer, level)
+        sections.append(tables.TableSection("cross-dataset", "On another data set", note, of_both))
     sections = [section for section in sections if len(section.table)]
 
     study = report.Study(
@@ -163,9 +177,11 @@ def analyse(
         changes=changes,
         sections=sections,
         hypotheses=verdicts,
-        findings=findings(done, test_sets, changes, significance, points, config),
+        findings=findings(done, test_sets, changes, significance, points, config)
+        + cross_dataset.transfer_sentences(transfer, level),
         planned={phase: len(cells) for phase, cells in planned.items()},
         missing=missing,
+        unusable=list(absent.loc[absent["status"] == "unusable", ["phase", "cell", "why"]].itertuples(index=False)),
         leftovers=leftovers,
         replicates=replicates,
         level=level,
@@ -232,6 +248,7 @@ def planned_rows(
             continue
         tables.append(store.read_table(phase).assign(phase=phase))
     rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(ROW_COLUMNS))
+    rows = rows[rows["status"].isin(["done", "failed"])]  # a file cut off in the middle of a row
     order = {cell: i for i, cell in enumerate(cell for cells in planned.values() for cell in cells)}
     is_planned = rows["cell"].isin(list(order))
     leftovers = sorted(rows.loc[~is_planned, "cell"])
@@ -242,19 +259,53 @@ def planned_rows(
     return rows, missing, leftovers
 
 
-def load_test_set(config: Config, store: Store, dataset: str, rows: pd.DataFrame, groups: pd.DataFrame) -> TestSet:
-    """The saved predictions of the finished cells of a data set, checked to be of the same images."""
-    first, predictions, n_classes = None, {}, 2
-    for cell in rows["cell"]:
-        saved = store.predictions(cell)
-        if first is None:
-            first, first_cell, n_classes = saved, cell, saved.logits.shape[1]
-        if not (np.array_equal(saved.index, first.index) and np.array_equal(saved.y_true, first.y_true)):
-            raise StoreError(
-                f"{store.predictions_path(cell)}: not of the same test images as {first_cell}; "
-                "run again with --fresh, or delete that file and run again"
-            )
-        predictions[cell] = saved.y_pred.astype(np.int16)
+def load_test_sets(
+    config: Config, store: Store, done: pd.DataFrame, groups: pd.DataFrame
+) -> tuple[dict[str, TestSet], dict[str, str]]:
+    """The test set of each data set, and of each finished cell whose predictions cannot be used the reason.
+
+    StoreError where there is none that can be used.
+    """
+    test_sets, unusable = {}, {}
+    for name, block in done.groupby("dataset"):
+        try:
+            test_sets[name] = load_test_set(config, store, name, block, groups, unusable)
+        except NoUsablePredictions as error:
+            unusable |= error.why
+    if not test_sets:
+        raise NoUsablePredictions(unusable)
+    return test_sets, unusable
+
+
+def absences(
+    rows: pd.DataFrame,
+    missing: Sequence[tuple[str, str]],
+    unusable: Mapping[str, str],
+    planned: Mapping[str, Sequence[str]],
+) -> pd.DataFrame:
+    """missing.csv: each planned cell that the analysis does without, in planned order, and why."""
+    why = {cell: ("missing", f"no result; python main.py --phase {phase}") for phase, cell in missing}
+    failed = rows[rows["status"] == "failed"]
+    why |= {cell: ("failed", error) for cell, error in zip(failed["cell"], failed["error"], strict=True)}
+    why |= {cell: ("unusable", reason) for cell, reason in unusable.items()}
+    found = [(phase, cell, *why[cell]) for phase, cells in planned.items() for cell in cells if cell in why]
+    return pd.DataFrame(found, columns=["phase", "cell", "status", "why"])
+
+
+def load_test_set(
+    config: Config,
+    store: Store,
+    dataset: str,
+    rows: pd.DataFrame,
+    groups: pd.DataFrame,
+    unusable: dict[str, str] | None = None,
+) -> TestSet:
+    """The saved predictions of the finished cells of a data set, all of the same images. Why others cannot be used goes
+    into `unusable`; NoUsablePredictions where that is all of them."""
+    first = usable_predictions(store, list(rows["cell"]))
+    if unusable is not None:
+        unusable |= first.unusable
+    first_cell = first.first
     of_set = groups[groups["dataset"] == dataset]
     names = {}
     for attribute, codes in first.sensitive.items():
@@ -272,14 +323,14 @@ def load_test_set(config: Config, store: Store, dataset: str, rows: pd.DataFrame
     return TestSet(
         dataset=dataset,
         attribute=attribute,
-        label_N=first.y_true.astype(np.int64),
-        group_N=first.sensitive[attribute].astype(np.int64),
+        label_N=first.y_true,
+        group_N=first.sensitive[attribute],
         group_names=names[attribute],
         intersection_N=intersection_N,
         intersection_names=intersection_names,
-        n_classes=int(n_classes),
+        n_classes=first.n_classes,
         min_group_size=config.data.min_group_size,
-        predictions=predictions,
+        predictions=first.predictions,
     )
 
 

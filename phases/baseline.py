@@ -10,10 +10,10 @@ import pandas as pd
 import torch
 
 from config import Config, Training
-from datasets import BatchLoader, FaceDataset, load_dataset
+from datasets import SPLITS, BatchLoader, FaceDataset, load_dataset
 from evaluation import predict
 from models import build_model, checkpoint_matches, load_checkpoint, save_checkpoint
-from phases import deploy
+from phases import cross_evaluate, deploy
 from phases.measure import measure
 from phases.plan import Cell, plan
 from runner import CellResult, Report, run_cells
@@ -28,6 +28,11 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
     store.clear([cell.id for cell in cells if not checkpoint_matches(_checkpoint(store, cell), cell.id)])
     data = DatasetCache(config)
     _check_fingerprints(cells, store, data, report)
+    cross_evaluate.check_data(cells, config, store, data, report)
+
+    def is_complete(cell: Cell) -> bool:
+        return deploy.is_complete(cell, config, store) and cross_evaluate.is_complete(cell, config, store)
+
     context = functools.partial(compute, config=config, store=store, device=device, data=data)
     run_cells(
         "baseline",
@@ -36,25 +41,36 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
         config,
         store,
         report,
-        lambda cell: deploy.is_complete(cell, config, store),
+        is_complete,
     )
     everything = [cell.id for block in plan(config).values() for cell in block]
     write_training_log(store, everything)
     deploy.write_tables(store, everything)
+    cross_evaluate.write_tables(store, everything)
     return store.read_table("baseline")
 
 
 def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: str, data: DatasetCache) -> CellResult:
     """One baseline: initialise, train, save the best epoch, predict the test split, deploy where that is wanted."""
     dataset = data.load(cell.dataset, report)
-    if store.is_done(cell.id):  # it only lacks a deployment
+    names = names_of(dataset)
+
+    def evaluate_abroad(model: torch.nn.Module, predictions: Any) -> dict[str, Any]:
+        return cross_evaluate.evaluate(model, cell, predictions, names, config, store, data, device, report)
+
+    if store.is_done(cell.id):  # it only lacks a deployment, or other data sets
         model = load_baseline(cell, dataset, config, store, device)
         saved = store.predictions(cell.id)
         deploy.check_same_model(model, test_loader(dataset, config, device), saved, device)
+        abroad = evaluate_abroad(model, saved)
+        if deploy.is_complete(cell, config, store):
+            return deploy.kept(cell, abroad, store)
         deployed = _deploy(model, cell, dataset, saved, config, store, device, report)
-        return deploy.deploy_again(cell, deployed, measure(cell, saved, names_of(dataset), config, None), config, store)
+        measured = measure(cell, saved, names, config, None)
+        measured.extra |= abroad
+        return deploy.deploy_again(cell, deployed, measured, config, store)
     settings = config.training.for_model(cell.model)
-    names = (cell.seed, cell.dataset, cell.model)
+    seed_names = (cell.seed, cell.dataset, cell.model)
     model = build_model(
         cell.model,
         len(dataset.class_names),
@@ -62,9 +78,9 @@ def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: st
         pretrained=config.models.pretrained,
         weights=config.models.weights.get(cell.model),
         options=config.models.options.get(cell.model),
-        seed=seed_for(*names, "initialisation"),
+        seed=seed_for(*seed_names, "initialisation"),
     ).to(device=device, memory_format=torch.channels_last)
-    train_loader = training_loader(dataset, settings, device, names)
+    train_loader = training_loader(dataset, settings, device, seed_names)
     validation_loader = BatchLoader(dataset.splits["validation"], config.run.evaluation_batch_size, device=device)
 
     def tell(epoch: dict) -> None:
@@ -89,7 +105,8 @@ def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: st
     }
     save_checkpoint(_checkpoint(store, cell), model, description)
     store.write_predictions(cell.id, predictions)
-    measured = measure(cell, predictions, names_of(dataset), config, None)
+    measured = measure(cell, predictions, names, config, None)
+    measured.extra |= evaluate_abroad(model, predictions)
     deployed = _deploy(model, cell, dataset, predictions, config, store, device, report)
     measured.columns |= deployed.columns
     measured.columns |= {"compression": 1.0, "training_seconds": result.seconds}
@@ -150,19 +167,29 @@ class DatasetCache:
 
     def __init__(self, config: Config):
         self.config = config
-        self.opened: dict[str, FaceDataset] = {}
+        self.opened: dict[tuple, FaceDataset] = {}
 
     def load(self, name: str, report: Any) -> FaceDataset:
-        if name not in self.opened:
+        return self._open(name, self.config, report)
+
+    def load_abroad(self, name: str, image_size: int, report: Any) -> FaceDataset:
+        """The test split of a data set for models that are trained on another one, whose image size it gets."""
+        section = self.config.dataset(name).model_copy(update={"image_size": image_size})
+        config = self.config.model_copy(update={"data": self.config.data.model_copy(update={name: section})})
+        return self._open(name, config, report, only=("test",))
+
+    def _open(self, name: str, config: Config, report: Any, only: tuple[str, ...] = SPLITS) -> FaceDataset:
+        key = (name, config.dataset(name).image_size, only)
+        if key not in self.opened:
 
             def decoding(what: str, done: int, total: int) -> None:
                 report.progress(f"{what} {done}/{total}", 0.0)
 
-            dataset = load_dataset(self.config, name, decoding)
+            dataset = load_dataset(config, name, decoding, only)
             for problem in dataset.problems:
                 report.line(f"  {name}: {problem}")
-            self.opened[name] = dataset
-        return self.opened[name]
+            self.opened[key] = dataset
+        return self.opened[key]
 
 
 def names_of(dataset: FaceDataset) -> dict[str, Any]:

@@ -205,8 +205,8 @@ def keeping_results(compute: Compute, config: Config, store: Store) -> Compute:
         except FATAL:
             raise
         except Exception as error:  # told by a row of its own and the exit status
-            if is_complete(cell, config, store):  # it lacked diagnostics alone: its deployment stands
-                report.line(f"  {cell.id}: its diagnostics failed: {one_line(error)}")
+            if is_complete(cell, config, store):  # it lacked other things: its deployment stands
+                report.line(f"  {cell.id}: what it lacks could not be added: {one_line(error)}")
                 return kept(cell, {}, store)
             record = store.record(cell.id)
             rows = [_failed(engine, error) for engine in config.deployment.engines]

@@ -16,7 +16,7 @@ from config import QAT, Config, Training
 from datasets import BatchLoader, FaceDataset, calibration_subset
 from evaluation import predict
 from models import checkpoint_description, checkpoint_matches
-from phases import deploy, diagnose
+from phases import cross_evaluate, deploy, diagnose
 from phases.baseline import (
     DatasetCache,
     load_baseline,
@@ -40,17 +40,19 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     cells = planned[phase]
 
     def is_complete(cell: Cell) -> bool:
-        return deploy.is_complete(cell, config, store) and diagnose.is_complete(cell, config, store)
+        return all(part.is_complete(cell, config, store) for part in (deploy, diagnose, cross_evaluate))
 
     needed = {cell.baseline_cell for cell in cells if not is_complete(cell)}
     _check_baselines([cell for cell in planned["baseline"] if cell.id in needed], store)
     inputs = Inputs(config, store, device)
+    cross_evaluate.check_data(cells, config, store, inputs.datasets, report)
     context = deploy.keeping_results(functools.partial(compute, inputs=inputs), config, store)
     run_cells(phase, cells, context, config, store, report, is_complete)
     everything = [cell.id for block in planned.values() for cell in block]
     write_training_log(store, everything)
     deploy.write_tables(store, everything)
     diagnose.write_tables(store, everything)
+    cross_evaluate.write_tables(store, everything)
     store.write_extra_table("layer_sensitivity", "sensitivity", SENSITIVITY_COLUMNS, everything)
     return store.read_table(phase)
 
@@ -102,17 +104,24 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     seconds = time.perf_counter() - start
     report.progress("predicting", 0.9)
     loader, names = test_loader(dataset, config, inputs.device), names_of(dataset)
-    diagnosed = {}
+    more: dict[str, Any] = {}
+
+    def evaluate_abroad(predictions: Any) -> dict[str, Any]:
+        return cross_evaluate.evaluate(
+            quantized, cell, predictions, names, config, store, inputs.datasets, inputs.device, report
+        )
+
     if not diagnose.is_complete(cell, config, store):
-        diagnosed = diagnose.measure_diagnostics(model, quantized, cell, dataset, config, inputs.device, report)
-    if store.is_done(cell.id):  # it only lacks a deployment, or diagnostics
+        more = diagnose.measure_diagnostics(model, quantized, cell, dataset, config, inputs.device, report)
+    if store.is_done(cell.id):  # it only lacks a deployment, diagnostics or other data sets
         saved = store.predictions(cell.id)
         deploy.check_same_model(quantized, loader, saved, inputs.device)
+        more |= evaluate_abroad(saved)
         if deploy.is_complete(cell, config, store):
-            return deploy.kept(cell, diagnosed, store)
+            return deploy.kept(cell, more, store)
         deployed = deploy.deploy(quantized, cell, dataset, saved, names, loader, config, store, report)
         measured = measure(cell, saved, names, config, baseline_row)
-        measured.extra |= diagnosed
+        measured.extra |= more
         return deploy.deploy_again(cell, deployed, measured, config, store)
     predictions = predict(quantized, loader, inputs.device)
     store.write_predictions(cell.id, predictions)
@@ -127,7 +136,7 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
         measured.extra["training_log"] = training["log"]
         seconds -= training["seconds"]
     measured.columns["calibration_seconds"] = seconds
-    measured.extra |= diagnosed
+    measured.extra |= more | evaluate_abroad(predictions)
     measured.extra["placement"] = quantized.placement.summary()
     if "reconstruction" in quantized.reports:
         measured.extra["reconstruction"] = quantized.reports["reconstruction"].to_dict("records")

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+import cross_dataset
 import visualizations
 from figures.style import Page, all_pages
 from group_calibration import RELIABILITY_COLUMNS, reliability
@@ -37,6 +38,7 @@ CAPTIONS = {
     "pareto_frontier": "The settings that no other one beats in all the chosen dimensions.",
     "fairness_vs_bits": "Equalized-odds difference at each width (it is biased upward, the more the fewer the images).",
     "probability_calibration": "Whether probabilities are honest: accuracy against confidence in each group.",
+    "cross_dataset": cross_dataset.CAPTION,
     "layer_sensitivity": "What the output loses when one layer alone goes to so many bits, and the width that mixed "
     "precision chose for it.",
 }
@@ -64,6 +66,7 @@ def study_figures(
     dimensions: Sequence[str],
     level: float,
     flips: pd.DataFrame | None = None,
+    transfer: pd.DataFrame | None = None,
     sensitivity: pd.DataFrame | None = None,
 ) -> Iterator[tuple[str, Page]]:
     """(name, page) of every figure, in the order of the report; one at a time, since each is large in memory.
@@ -86,6 +89,8 @@ def study_figures(
     }
     if flips is not None:
         draws["group_flip_rates"] = (v.group_flip_rates, [flips], of_level)
+    if transfer is not None and len(transfer):
+        draws["cross_dataset"] = (cross_dataset.cross_dataset, [transfer], {})
     if sensitivity is not None and sensitivity["cell"].isin(rows.loc[rows["status"] == "done", "cell"]).any():
         draws["layer_sensitivity"] = (v.layer_sensitivity, [sensitivity, rows], {})
     for name in CAPTIONS:
@@ -104,12 +109,13 @@ def save_figures(
     """
     captions, images, written = [], {}, set()
     for name, figure in drawn:
-        stem = name if figure.page == 1 else f"{name}-{figure.page}"
+        page, n_pages = getattr(figure, "page", 1), getattr(figure, "n_pages", 1)
+        stem = name if page == 1 else f"{name}-{page}"
         files = rendered(figure, ("png", vector))
         for suffix, data in files.items():
             write_bytes(store.analysis / f"{stem}.{suffix}", data)
             written.add(f"{stem}.{suffix}")
-        of = f" Page {figure.page} of {figure.n_pages}." if figure.n_pages > 1 else ""
+        of = f" Page {page} of {n_pages}." if n_pages > 1 else ""
         captions.append((f"{stem}.png", CAPTIONS[name] + of))
         images[f"{stem}.png"] = files["png"]
     ours = re.compile(rf"({'|'.join(CAPTIONS)})(-\d+)?\.({'|'.join(METADATA)})")

@@ -18,6 +18,7 @@ from store import (
     INTERSECTION,
     MissingArtifactError,
     Store,
+    StoreError,
     seed_for,
     short_hash,
 )
@@ -138,7 +139,8 @@ def _groupings(sensitive: dict[str, np.ndarray], names: dict[str, Any]) -> dict[
 
 def refresh_metrics(cells: list[Cell], config: Config, store: Store) -> int:
     """Derive again, from saved predictions, the rows that were made with other metric settings, and the compressions
-    of those whose baseline's file is another one by now (it was deployed later); how many there were."""
+    of those whose baseline's file is another one by now (it was deployed later); how many there were. A row whose
+    predictions cannot be read stays as it is: the analysis names it and does without."""
     refreshed = 0
     for cell in cells:
         if not store.is_done(cell.id):
@@ -160,7 +162,10 @@ def refresh_metrics(cells: list[Cell], config: Config, store: Store) -> int:
                 store.write_cell(record["row"] | {"compression": ratio}, record["groups"], record["extra"])
                 refreshed += 1
             continue
-        predictions, names = store.predictions(cell.id), record["extra"]["names"]
+        try:
+            predictions, names = store.predictions(cell.id), record["extra"]["names"]
+        except StoreError:
+            continue
         result = measure(cell, predictions, names, config, baseline_row)
         _refresh_deployed(cell, predictions, names, record, result, config, store)
         result.columns["compression"] = compression(
@@ -182,14 +187,15 @@ def _refresh_deployed(
     """Derive the deployed metrics again too, of every engine, and those of the row."""
     rows, groups = [], []
     for row in record["extra"].get("deployment", []):
-        path = store.predictions_path(deployed_name(cell.id, row["engine"]))
-        if row["status"] == "done" and not path.exists():  # the phase runs the engine again
-            if row["engine"] == record["row"]["engine"]:
-                result.columns |= dict.fromkeys(DEPLOYED_COLUMNS) | record["extra"]["simulation"]
-            row = {"engine": row["engine"], "status": "failed", "error": f"{path}: missing"}
-        elif row["status"] == "done":
-            deployed = store.predictions(deployed_name(cell.id, row["engine"]))
-            columns, of_groups = measure_deployed(cell, deployed, predictions, names, config)
+        if row["status"] == "done":
+            try:
+                deployed = store.predictions(deployed_name(cell.id, row["engine"]))
+                columns, of_groups = measure_deployed(cell, deployed, predictions, names, config)
+            except StoreError as error:  # the phase runs the engine again
+                if row["engine"] == record["row"]["engine"]:
+                    result.columns |= dict.fromkeys(DEPLOYED_COLUMNS) | record["extra"]["simulation"]
+                rows.append({"engine": row["engine"], "status": "failed", "error": str(error)})
+                continue
             row = row | columns
             groups += [{"engine": row["engine"], **group} for group in of_groups]
             if row["engine"] == record["row"]["engine"]:

@@ -20,7 +20,7 @@ from config import (
 )
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-MAPPINGS = {"training.per_model", "models.weights", "models.options"}  # their keys are the user's
+MAPPINGS = {"training.per_model", "models.weights", "models.options", "evaluation.mappings"}  # the user's keys
 
 
 @pytest.fixture

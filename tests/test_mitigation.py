@@ -169,7 +169,7 @@ def test_a_diagnosis_that_fails_leaves_the_cell_as_it_is(finished, monkeypatch, 
     monkeypatch.setattr("phases.derived.apply_quantization", fail)
     sets = ("--set", "mitigation.diagnostics={cells: '*:fair_bias_correction', samples: 50}")
     study(config, results, "--phase", "mitigation", *sets)
-    assert "its diagnostics failed: RuntimeError: another machine" in capsys.readouterr().out
+    assert "what it lacks could not be added: RuntimeError: another machine" in capsys.readouterr().out
     assert record(results, cell.id) == before
 
 
