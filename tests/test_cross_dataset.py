@@ -192,7 +192,7 @@ def test_nothing_is_said_where_nothing_was_measured_elsewhere(tmp_path, low_reso
 
 @pytest.fixture
 def low_resolution(monkeypatch):
-    monkeypatch.setattr("phases.analysis.FIGURE_DPI", 30)
+    monkeypatch.setattr("phases.drawing.FIGURE_DPI", 30)
 
 
 # ----------------------------------------------------------------------------------------------------------- the figure

@@ -20,7 +20,7 @@ CONFIG = small_config("deployment.cells=[]", "deployment.export=[]", models=("mo
 
 @pytest.fixture(autouse=True)
 def low_resolution(monkeypatch):
-    monkeypatch.setattr("phases.analysis.FIGURE_DPI", 30)
+    monkeypatch.setattr("phases.drawing.FIGURE_DPI", 30)
 
 
 @pytest.fixture
