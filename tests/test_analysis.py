@@ -268,8 +268,8 @@ def test_images_are_resampled_jointly_so_that_what_models_share_does_not_count_t
 
 @pytest.fixture
 def low_resolution(monkeypatch):
-    """For tests that do not look at the figures."""
-    monkeypatch.setattr("phases.drawing.FIGURE_DPI", 30)
+    """For tests that do not look at the figures: none is drawn."""
+    monkeypatch.setattr("phases.analysis.study_figures", lambda *_, **__: iter(()))
 
 
 @pytest.fixture(scope="module")
