@@ -80,8 +80,8 @@ def test_significance_holds_the_planted_effects(tmp_path, low_resolution):
 
 @pytest.fixture
 def low_resolution(monkeypatch):
-    """For tests that do not look at the figures."""
-    monkeypatch.setattr("phases.drawing.FIGURE_DPI", 30)
+    """For tests that do not look at the figures: none is drawn."""
+    monkeypatch.setattr("phases.analysis.study_figures", lambda *_, **__: iter(()))
 
 
 @pytest.fixture(scope="module")
