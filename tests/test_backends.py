@@ -104,6 +104,8 @@ def quantize(model, loader, method="ptq_static", bits=8, **options) -> Quantized
         quick["train_data"] = loader
     if method in WIDENING and bits == 8:
         bits = 4
+    if method == "sensitive_layers":
+        quick["widen"] = "weights_and_inputs"
     return apply_quantization(model, method, bits, loader, **quick | options)
 
 

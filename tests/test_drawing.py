@@ -74,7 +74,7 @@ def test_a_figure_without_anything_to_show_is_written_and_says_so():
     said = {
         name: page.texts[0].get_text() for name, page in study_figures(**empty_study()) if name != "accuracy_heatmap"
     }
-    assert set(said) == set(CAPTIONS) - {"accuracy_heatmap", "group_flip_rates", "layer_sensitivity"}
+    assert set(said) == set(CAPTIONS) - {"accuracy_heatmap", "cross_dataset", "group_flip_rates", "layer_sensitivity"}
     assert all(text.startswith("Nothing to show: ") for text in said.values())
 
 
@@ -109,7 +109,7 @@ def test_a_study_writes_every_figure_twice_and_its_tables(tmp_path):
     store, _ = write_study(tmp_path, config)
     run(config, store)
     written = {path.name for path in store.analysis.iterdir()}
-    for name in set(CAPTIONS) - {"group_flip_rates", "layer_sensitivity"}:
+    for name in set(CAPTIONS) - {"cross_dataset", "layer_sensitivity"}:
         assert {f"{name}.png", f"{name}.svg"} <= written
     assert not [name for name in written if name.endswith(".pdf")]
     assert "cost_benefit.png" in (store.analysis / "summary.md").read_text()
