@@ -17,7 +17,6 @@ from figures.style import (
     check_page,
     clean,
     draw_intervals,
-    draw_marks,
     inch_grid,
     labelled,
     legend,
@@ -108,13 +107,11 @@ def probability_calibration(table: pd.DataFrame, rows: pd.DataFrame, level: floa
                 block = bins[key]
                 at = block["confidence"]
                 draw_intervals(axes, block["low"], block["high"], at, colour, vertical=True, width=0.6, alpha=0.5)
-                axes.plot(at, block["accuracy"], color=colour, linewidth=0.8, alpha=0.9)
-                draw_marks(axes, at, block["accuracy"], colour, marker, 2.4)
+                axes.plot(at, block["accuracy"], color=colour, linewidth=0.8, marker=marker, markersize=2.4)
                 error, chance = 100 * errors.loc[key, ["expected_calibration_error", "by_chance"]]
                 axes.text(
                     0.985, 0.02 + 0.088 * (len(there) - 1 - i) / body, f"{error:.1f} ({chance:.1f})", color=colour,
                     transform=axes.transAxes, fontsize=5.8, ha="right", va="bottom", zorder=5,
-                    bbox={"facecolor": "w", "alpha": 0.7, "linewidth": 0, "pad": 0.3},
                 )  # fmt: skip
             n = max(int(errors.loc[(dataset, model, group, setting), "n"]) for setting in there) if there else 0
             prefix = f"{name}: " if c == 0 and len(models) > 1 else ""
