@@ -26,7 +26,7 @@ class CommonAttribute:
     name: str
     home: str  # what it is called in the data set that the model was trained on
     abroad: str
-    groups: tuple[str, ...]
+    groups: tuple[str, ...]  # in the order of home's values
     home_codes: np.ndarray  # (values of home,) the group of each
     abroad_codes: np.ndarray  # (values of abroad,)
 

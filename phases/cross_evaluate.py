@@ -12,14 +12,13 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from config import Config
 from datasets import BatchLoader, FaceDataset, Split
 from evaluation import Predictions, predict
 from fairness_metrics import metrics_of_predictions
-from group_mapping import CommonAttribute, Correspondence, correspondence
+from group_mapping import Correspondence, correspondence
 from phases.measure import Predicted, deployed_name, metric_settings
 from phases.plan import Cell
 from runner import FATAL, one_line
@@ -235,11 +234,11 @@ def _is_told(attribute: str, mapping: Correspondence) -> bool:
 def _with_home_groups(split: Split, mapping: Correspondence) -> Split:
     """The split with its groups as the model knows them: home attributes and codes."""
 
-    def at_home(common: CommonAttribute) -> np.ndarray:
-        code_of = np.argsort(common.home_codes)  # of each group; home_codes is a permutation
-        return code_of[common.abroad_codes[split.sensitive[common.abroad]]]
-
-    told = {common.home: at_home(common) for common in mapping.attributes if common.tells_home_groups_apart}
+    told = {
+        common.home: common.abroad_codes[split.sensitive[common.abroad]]  # groups are in the order of home's values
+        for common in mapping.attributes
+        if common.tells_home_groups_apart
+    }
     return dataclasses.replace(split, sensitive=told)
 
 

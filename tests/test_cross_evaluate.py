@@ -367,11 +367,10 @@ class ByGroup(torch.nn.Module):
 
 
 def test_a_model_that_reads_groups_gets_those_of_home_or_is_left_out(data, tmp_path):
-    """Home: FairFace's age groups, backwards under common names, so that codes and not places must be translated."""
+    """UTKFace's age groups are called otherwise, so that names and not codes must be what is translated by."""
     bands = ("under 20", "20-39", "40 and over")
-    backwards = {name: name for name in reversed(bands)}
     shifted = dict(zip(bands, (*bands[1:], bands[0]), strict=True))  # utkface's "under 20" is called "20-39", …
-    ages = {"fairface": {"attribute": "age_group", "names": backwards}}
+    ages = {"fairface": {"attribute": "age_group", "names": {name: name for name in bands}}}
     ages["utkface"] = {"attribute": "age_group", "names": shifted}
     config = load_config(data / "study.yaml", [f"evaluation.mappings.age_group={json.dumps(ages)}"])
     dataset = load_dataset(config, "utkface", only=("test",))
