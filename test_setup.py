@@ -23,6 +23,7 @@ PACKAGES = {  # distribution -> module
     "numpy": "numpy",
     "pandas": "pandas",
     "scipy": "scipy",
+    "threadpoolctl": "threadpoolctl",
     "scikit-learn": "sklearn",
     "fairlearn": "fairlearn.metrics",
     "aif360": "aif360.metrics",

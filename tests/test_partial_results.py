@@ -131,7 +131,7 @@ def test_without_the_predictions_of_fp32_nothing_is_compared_with_it(study):
     store, planned = study
     truncate(store, planned["baseline"][0].id)
     found = run(CONFIG, store).set_index("id")
-    assert found.loc["int8_accuracy", "verdict"] == "not tested"
+    assert found.loc["H5-int8", "verdict"] == "not tested"
     table = pd.read_csv(store.analysis / "significance.csv")
     assert set(table["comparison"]) <= {"plain"}
 

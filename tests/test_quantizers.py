@@ -434,7 +434,7 @@ class DataDependent(nn.Module):
 
 
 def test_an_untraceable_submodule_is_named_and_its_layers_are_quantized():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), DataDependent(), nn.Flatten(), nn.Linear(4 * 30 * 30, 2)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), DataDependent(), nn.Flatten(), nn.LazyLinear(2)).eval()
     x = images(8, 8)
     model(x)
     quantized = ptq_static(model, x, weight_bits=8, activation_bits=8, observer="minmax")
