@@ -156,8 +156,9 @@ def pareto_frontier(
     n_rows = math.ceil(len(pairs) / n_columns)
 
     seeds = int(points["n_seeds"].max())
+    every = "both" if len(dimensions) == 2 else f"all {len(dimensions)}"
     told = f"{plain(dataset)}: {names}" if len(datasets) > 1 else names.capitalize()
-    told += f"; ringed: no other setting is as good in all {len(dimensions)} and better in one"
+    told += f"; ringed: no other setting is as good in {every} and better in one"
     told += f"; bars: {percent(level)} intervals" if len(front) <= MOST_NUMBERED and qualities else ""
     told += f" (mean over {seeds} seeds)" if seeds > 1 else ""
     handles = [
