@@ -212,7 +212,9 @@ class MLflow:
         tags = [RunTag("status", entry.status), RunTag("error", entry.error or "")]
         for start in range(0, len(metrics), 1000):  # the most of one batch
             self.client.log_batch(run, metrics=metrics[start : start + 1000])
-        self.client.log_batch(run, params=params[:100], tags=tags)
+        for start in range(0, len(params), 100):
+            self.client.log_batch(run, params=params[start : start + 100])
+        self.client.log_batch(run, tags=tags)
         self.client.set_terminated(run, "FINISHED" if entry.status == "done" else "FAILED")
 
     def _run(self, entry: Entry) -> str:
