@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -126,8 +127,14 @@ def tables(results: Path) -> dict[str, str]:
     for path in sorted((results / "analysis").rglob("*")):
         if path.stem in TIMED:  # drawn from seconds
             continue
-        if path.suffix in (".csv", ".json", ".md", ".png"):
+        if path.suffix in (".csv", ".json", ".png") or (
+            path.suffix == ".md" and path.stem not in ("results", "repairs")
+        ):
             texts[f"analysis/{path.name}"] = str(hash(path.read_bytes()))
+        if path.name == "summary.md":
+            texts["analysis/summary.md"] = re.sub(r"[\d.]+ ms an image", "", path.read_text())
+        if path.name == "results.csv":
+            texts["analysis/results.csv"] = pd.read_csv(path, dtype=str).drop(columns="ms").to_csv(index=False)
         if path.name == "costs.csv":  # seconds
             texts["analysis/costs.csv"] = pd.read_csv(path)[["hypothesis", "cell", "reference"]].to_csv(index=False)
         if path.name == "repairs.csv":
