@@ -13,6 +13,7 @@ from store import seed_for
 
 PERCENTAGES = ("accuracy", "worst_group_accuracy", "accuracy_gap", "equalized_odds_difference")
 MEASURES = (*PERCENTAGES, "size_mb", "latency_ms_b1", "latency_ms_b32")
+SIMULATION = "torch"  # the engine of a row whose cell was not deployed
 ENDS = ("accuracy_ci_low", "accuracy_ci_high")
 
 
@@ -20,7 +21,8 @@ def configurations(rows: pd.DataFrame, changes: pd.DataFrame | None = None) -> p
     """One row a (data set, model, setting) in the order of the plan, the mean over its finished seeds.
 
     Columns: dataset, model, setting, width, is_fp32, n_seeds, cells, `MEASURES` (shares in %; NaN where not measured),
-    and change, ci_low, ci_high against FP32 of the same model in points, from `hypotheses.accuracy_changes`.
+    and change, ci_low, ci_high against FP32 of the same model in points, from `hypotheses.accuracy_changes`. Latencies
+    are those of one engine, the one that most cells were deployed in; a simulation has none that anyone would ship.
     """
     done = with_labels(rows[rows["status"] == "done"]) if len(rows) else rows
     keys = ["dataset", "model", "setting"]
@@ -30,6 +32,7 @@ def configurations(rows: pd.DataFrame, changes: pd.DataFrame | None = None) -> p
     for name in MEASURES:
         values = pd.to_numeric(done[name], errors="coerce") if name in done else pd.Series(np.nan, done.index)
         done[name] = values.astype(float).replace([np.inf, -np.inf], np.nan) * (100 if name in PERCENTAGES else 1)
+    done.loc[~_has_comparable_latency(done), ["latency_ms_b1", "latency_ms_b32"]] = np.nan
     groups = done.groupby(keys, sort=False)
     found = groups[list(MEASURES)].mean()
     found["width"] = groups["width"].first()
@@ -41,6 +44,15 @@ def configurations(rows: pd.DataFrame, changes: pd.DataFrame | None = None) -> p
     else:
         found[["change", "ci_low", "ci_high"]] = np.nan
     return found.reset_index()[columns]
+
+
+def _has_comparable_latency(done: pd.DataFrame) -> pd.Series:
+    if "engine" not in done:
+        return pd.Series(True, done.index)
+    deployed = done.loc[done["engine"].notna() & (done["engine"] != SIMULATION), "engine"]
+    if len(deployed):
+        return done["engine"] == deployed.mode().iloc[0]
+    return done["weight_bits"].isna()  # FP32 in PyTorch
 
 
 def accuracy_intervals(

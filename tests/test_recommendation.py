@@ -136,6 +136,18 @@ def test_configurations_are_means_over_the_seeds_that_finished():
     assert configurations(rows[rows["status"] == "failed"]).empty
 
 
+def test_latencies_are_those_of_one_engine_and_of_no_simulation():
+    rows = rows_of({("mse", 0): 0.8, ("minmax", 0): 0.7, ("entropy", 0): 0.7}).assign(latency_ms_b1=[1.0, 2.0, 3.0])
+
+    def latencies(*engines, weight_bits=4.0):
+        return configurations(rows.assign(engine=engines, weight_bits=weight_bits))["latency_ms_b1"].tolist()
+
+    assert latencies("onnxruntime", "torch", "onnxruntime") == pytest.approx([1.0, NAN, 3.0], nan_ok=True)
+    assert latencies("openvino", "openvino", "onnxruntime") == pytest.approx([1.0, 2.0, NAN], nan_ok=True)
+    assert np.isnan(latencies("torch", "torch", "torch")).all()  # integers that PyTorch only simulates
+    assert not np.isnan(latencies("torch", "torch", "torch", weight_bits=[NAN] * 3)).any()  # FP32 that it runs
+
+
 def test_the_interval_of_a_mean_over_seeds_counts_an_image_once():
     """Two seeds that agree on every image have the interval of one; two that are independent have one √2 narrower."""
     rng = np.random.default_rng(0)
