@@ -1,17 +1,15 @@
 """Limits of a rate, of a difference of rates and of a paired difference that hold for small groups, near 0 and near 1.
 
-Which method where was decided by exact enumeration of every table of n images (tests/test_significance_simulations.py
-repeats it); the numbers are the lowest coverage of 95 % intervals over true rates from 0.002 to 0.998:
+Which method where was decided by exact enumeration of every table of n images; tests/test_significance_simulations.py
+does it, for these and for those that were rejected:
 
 a rate, two-sided            `midp_interval`: exact binomial, half of the observed outcome's probability counted
-                             (Lancaster 1961; Berry & Armitage 1995): 92 % for n from 5 to 200. Wilson's interval falls
-                             to 83 % (n = 5) and 85 % (n = 20) where about 0.2 successes are expected, which is where
-                             flips of an 8-bit model are; Clopper & Pearson's never falls below 95 % and is 97.7 % on
-                             average at n = 20; the bootstrap's percentile interval falls to 1 % (no success seen: the
-                             interval is the point 0)
-a paired difference,         `paired_difference_interval`: Tango's score interval (1998): 93 % at least for n from 5 to
-two-sided                    200 and 1 to 60 % discordant pairs; the percentile interval covers 3 % at n = 5 and 10 % at
-                             n = 20 with 1 % discordant, 67 % with 10 %
+                             (Lancaster 1961; Berry & Armitage 1995). Wilson's interval covers too little where a
+                             fraction of a success is expected, which is where flips of an 8-bit model are; Clopper &
+                             Pearson's covers too much; the bootstrap's percentile interval is the point 0 where no
+                             success is seen
+a paired difference,         `paired_difference_interval`: Tango's score interval (1998), from n = 5 on; the
+two-sided                    percentile interval fails where few pairs are discordant
 one-sided, to certify        Clopper & Pearson, Newcombe's combination of them, and Tango's score with a continuity
                              correction: see certification.py
 """
