@@ -29,7 +29,7 @@ METHOD_LABELS = {
     "qat": "QAT",
     "mixed_precision": "mixed precision",
 }
-STRATEGY_LABELS = {"bias_aware_calibration": "balanced calibration"}
+STRATEGY_LABELS = {"bias_aware_calibration": "balanced calibration", "group_dro": "group DRO"}
 OPTION_LABELS = {
     ("rounding", "adaround"): "AdaRound",
     ("equalize", True): "equalized",

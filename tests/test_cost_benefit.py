@@ -96,7 +96,7 @@ def test_everything_is_compared_with_the_main_plain_setting_of_the_same_bits_mod
     found = table(rows, cells)
     assert tuple(found) == COST_COLUMNS
     found = found.set_index("setting")
-    assert set(found.index) == {"W4A4 static (minmax)", "W4A4 QAT (mse)", "W4A4 static (mse) + group dro"}
+    assert set(found.index) == {"W4A4 static (minmax)", "W4A4 QAT (mse)", "W4A4 static (mse) + group DRO"}
     assert set(found["reference"]) == {"W4A4 static (mse)"}  # two cells have it, minmax one
     qat = found.loc["W4A4 QAT (mse)"]
     assert qat["n_seeds"] == 2 and qat["gain"] == pytest.approx((10 + 20) / 2)
