@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -90,10 +91,18 @@ class LearnedStep(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         low, high = ctx.bounds
         steps = x / scale
-        inside = (steps >= low) & (steps <= high)
-        gradient_x = gradient * inside
+        if isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor):
+            gradient_x = torch.where((steps >= low) & (steps <= high), gradient, 0)
+        else:  # one pass over the memory; it leaves out the ends, so they are moved by the least there is
+            gradient_x = torch.ops.aten.hardtanh_backward(gradient, steps, *_just_outside(low, high))
         gradient_s = None
         if ctx.needs_input_grad[1]:
-            slope = steps.round().clamp_(low, high).addcmul_(steps, inside.to(steps.dtype), value=-1)
-            gradient_s = (slope.mul_(gradient).sum_to_size(scale.shape)) * ctx.gradient_scale
+            products = steps.round().clamp_(low, high).mul_(gradient).addcmul_(steps, gradient_x, value=-1)
+            gradient_s = products.sum_to_size(scale.shape) * ctx.gradient_scale
         return gradient_x, gradient_s, None, None, None
+
+
+def _just_outside(low: float, high: float) -> tuple[float, float]:
+    """The float32 numbers next to an interval."""
+    infinity = np.float32(np.inf)
+    return float(np.nextafter(np.float32(low), -infinity)), float(np.nextafter(np.float32(high), infinity))

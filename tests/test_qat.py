@@ -82,6 +82,20 @@ def test_learned_step_by_hand():
     assert float(scale.grad) == pytest.approx(0.25 * expected, rel=1e-5)
 
 
+def test_the_ends_of_the_range_are_inside_it():
+    """A value that is the lowest or the highest level learns; so do the bounds that differ by channel."""
+    for bounds in (
+        (-2.0, 1.0),
+        (torch.tensor(-2.0), torch.tensor(1.0)),
+        (torch.tensor([-2.0] * 4), torch.tensor([1.0] * 4)),
+    ):
+        x = torch.tensor([-1.0, 0.5, -1.0000001, 0.50000006], requires_grad=True)  # scale 0.5: two ends, two beyond
+        scale = torch.tensor(0.5, requires_grad=True)
+        LearnedStep.apply(x, scale, *bounds, 1.0).backward(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+        assert x.grad.tolist() == [1.0, 2.0, 0.0, 0.0]
+        assert float(scale.grad) == -2 * 4 + 1 * 8  # at an end the value is its level: no error of rounding
+
+
 def test_the_gradient_of_a_scale_is_the_derivative_where_nothing_rounds_over():
     """All values clipped: y = bound * s is differentiable, and its derivative known without the paper."""
     x = torch.tensor([[5.0, -9.0], [7.0, 8.0]], dtype=torch.float64)
