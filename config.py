@@ -51,7 +51,9 @@ PTQ_STRATEGIES = (
     "sensitive_channels",
     "sensitive_layers",
     "fair_mixed_precision",
+    "output_calibration",
 )
+NOT_CALIBRATED = ("fair_mixed_precision", "output_calibration")  # what output_calibration does not start from
 TRAINED_STRATEGIES = ("balanced_finetuning", "reweighing", "fairness_finetuning", "group_dro", "distillation")
 STRATEGIES = (*PTQ_STRATEGIES, "threshold_adjustment", *TRAINED_STRATEGIES)
 
@@ -506,18 +508,11 @@ class ThresholdAdjustment(PTQRepair):
     ] = "equalized_odds"
 
 
-class TrainedRepair(Repair):
-    """Short training of a quantized model, from what a repair without training gives. What is left out (None) is as in
-    quantization.qat."""
+class Started(Repair):
+    """A repair of what another one without training gives."""
 
-    method: Literal["qat"] = "qat"
     start: Literal["ptq_static", *PTQ_STRATEGIES] = "ptq_static"  # a hybrid, where it is a repair
     start_options: dict[str, pydantic.JsonValue] = {}  # settings of that repair
-    epochs: PositiveInt = 1
-    batch_size: PositiveInt | None = None
-    learning_rate: PositiveFloat | None = None
-    max_train: PositiveInt | None = None  # train on at most so many images
-    best_epoch: Literal["worst_group", "accuracy"] = "worst_group"  # of the validation split: which accuracy decides
 
     @pydantic.model_validator(mode="after")
     def _keys_of_its_start(self):
@@ -528,6 +523,26 @@ class TrainedRepair(Repair):
         section = PTQStatic if self.start == "ptq_static" else STRATEGY_SECTIONS[self.start]
         section(**self.start_options)
         return self
+
+
+class OutputCalibration(PTQRepair, Started):
+    """The logits' scale and biases, fitted to FP32's predictions on reweighted groups."""
+
+    start: Literal["ptq_static", *(name for name in PTQ_STRATEGIES if name not in NOT_CALIBRATED)] = "ptq_static"
+    weighting: Weighting = "balanced"
+    drift_metric: Drift = "kl"  # which group is the worst
+
+
+class TrainedRepair(Started):
+    """Short training of a quantized model, from what a repair without training gives. What is left out (None) is as in
+    quantization.qat."""
+
+    method: Literal["qat"] = "qat"
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+    max_train: PositiveInt | None = None  # train on at most so many images
+    best_epoch: Literal["worst_group", "accuracy"] = "worst_group"  # of the validation split: which accuracy decides
 
 
 class BalancedFinetuning(TrainedRepair):
@@ -567,6 +582,7 @@ STRATEGY_SECTIONS: dict[str, type[Section]] = {
     "sensitive_channels": SensitiveChannels,
     "sensitive_layers": SensitiveLayers,
     "fair_mixed_precision": FairMixedPrecision,
+    "output_calibration": OutputCalibration,
     "threshold_adjustment": ThresholdAdjustment,
     "balanced_finetuning": BalancedFinetuning,
     "reweighing": Reweighing,
@@ -662,6 +678,7 @@ class Mitigation(Section):
     sensitive_channels: SensitiveChannels = SensitiveChannels()
     sensitive_layers: SensitiveLayers = SensitiveLayers()
     fair_mixed_precision: FairMixedPrecision = FairMixedPrecision()
+    output_calibration: OutputCalibration = OutputCalibration()
     threshold_adjustment: ThresholdAdjustment = ThresholdAdjustment()
     balanced_finetuning: BalancedFinetuning = BalancedFinetuning()
     reweighing: Reweighing = Reweighing()

@@ -74,6 +74,11 @@ WITHOUT_TRAINING = {
     "sensitive layers, up to half": ("sensitive_layers", {**RECONSTRUCTION, "layer_share": 0.5}),
     "sensitive layers, blind to groups": ("sensitive_layers", {**RECONSTRUCTION, "worst_share": 1.0}),
     "fair mixed precision": ("fair_mixed_precision", RECONSTRUCTION),
+    "output calibration": ("output_calibration", RECONSTRUCTION),
+    "sensitive layers, then output calibration": (
+        "output_calibration",
+        {**RECONSTRUCTION, "start": "sensitive_layers", "start_options": {"layer_share": 0.5}},
+    ),
     "thresholds of groups": ("threshold_adjustment", RECONSTRUCTION),
 }
 WITH_TRAINING = {  # from the best that there is without: reconstruction, or the repair that is named
@@ -203,7 +208,9 @@ class Study:
         method, options = METHODS[label]
         split = self.dataset.splits["train"]
         generator = np.random.default_rng(seed_for("mitigation", self.data, seed, "calibration"))
-        start = options.get("start", "ptq_static") if label in WITH_TRAINING else method
+        start = options.get(
+            "start", "ptq_static" if label in WITH_TRAINING or method == "output_calibration" else method
+        )
         is_plain = start in ("ptq_static", "mixed_precision", "group_weighted_observers", "threshold_adjustment")
         balance = None if is_plain else list(split.sensitive)
         positions = np.unique(calibration_subset(split, CALIBRATION_IMAGES, generator, balance=balance))

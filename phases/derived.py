@@ -57,6 +57,10 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     return store.read_table(phase)
 
 
+# tables of a repair that its cell's record has
+REPORTS = ("group_drift", "sensitive_layers", "sensitive_layers_groups", "sensitive_channels", "output_calibration")
+
+
 def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     """Quantize the baseline's model as the cell says, predict the test split, measure, deploy where that is wanted."""
     config, store = inputs.config, inputs.store
@@ -140,7 +144,7 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     measured.extra["placement"] = quantized.placement.summary()
     if "reconstruction" in quantized.reports:
         measured.extra["reconstruction"] = quantized.reports["reconstruction"].to_dict("records")
-    for name in ("group_drift", "sensitive_layers", "sensitive_layers_groups", "sensitive_channels"):
+    for name in REPORTS:
         if name in quantized.reports:
             measured.extra[name] = quantized.reports[name].to_dict("records")
     if "calibration_groups" in quantized.description:
@@ -201,7 +205,7 @@ def _calibration_data(cell: Cell, options: dict, dataset: FaceDataset, config: C
 def _sees_groups_as_they_come(cell: Cell) -> bool:
     """Whether a repair calibrates on a plain sample: it weighs groups itself, or adjusts a plain model."""
     return "group_weighted_observers" in (cell.strategy, cell.options.get("start")) or (
-        cell.strategy == "threshold_adjustment" or (cell.method == "qat" and cell.options.get("start") == "ptq_static")
+        cell.strategy == "threshold_adjustment" or cell.options.get("start") == "ptq_static"
     )
 
 

@@ -28,6 +28,7 @@ from config import (
     Section,
     SensitiveChannels,
     SensitiveLayers,
+    Started,
     TrainedRepair,
     Training,
     parse_width,
@@ -180,7 +181,7 @@ def _mitigation(config: Config, baseline: Cell) -> list[Cell]:
 
 def _has_nothing_to_widen(section: Section, weight_bits: int) -> bool:
     """Whether a repair that keeps a part of the weights in 8 bits would do nothing at this width."""
-    if isinstance(section, TrainedRepair) and section.start != "ptq_static":
+    if isinstance(section, Started) and section.start != "ptq_static":
         section = STRATEGY_SECTIONS[section.start](**section.start_options)
     if isinstance(section, SensitiveLayers):
         return weight_bits >= section.wide_bits
@@ -195,8 +196,10 @@ def _repair_settings(config: Config, section: Repair | FairMixedPrecision) -> li
         return [{**own, "observer": observer} for observer in observers]
     common = config.quantization.ptq_static.model_dump()
     kind = type(section)
+    training = {}
     if isinstance(section, TrainedRepair):
         training = config.quantization.qat.model_dump(include=TRAINING_KEYS)
+    if isinstance(section, Started):
         kind = STRATEGY_SECTIONS.get(section.start)
         start = own.pop("start_options")
         if isinstance(start.get("observer"), str):

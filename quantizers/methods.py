@@ -26,6 +26,7 @@ from config import (
     GroupWeightedObservers,
     MinimaxRanges,
     MixedPrecision,
+    OutputCalibration,
     PTQDynamic,
     PTQStatic,
     Reweighing,
@@ -54,6 +55,7 @@ from quantizers.groups import GroupedImages, gather_groups
 from quantizers.mixed_precision import mixed_precision
 from quantizers.modules import QuantizedModel
 from quantizers.numerics import QuantizationError, check_bits
+from quantizers.output_calibration import calibrate_output
 from quantizers.qat import quantization_aware_training
 from quantizers.thresholds import GroupThresholds, adjust_thresholds
 from store import seed_for
@@ -153,6 +155,28 @@ def _fair_mixed_precision(
     return _with_groups(quantized, grouped)
 
 
+def _output_calibration(
+    model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict
+) -> QuantizedModel:
+    calibration = data.calibration
+    if iter(calibration) is calibration:  # it can be read once only, and is read twice
+        data = dataclasses.replace(data, calibration=list(calibration))
+    quantized = _started(model, data, weight_bits, activation_bits, options)
+    grouped = _grouped(data, options, is_balanced=False)  # all of them, with weights
+    calibrate_output(quantized, grouped, weighting=options["weighting"], metric=options["drift_metric"])
+    quantized.description["start"] = options["start"]
+    return _with_groups(quantized, grouped)
+
+
+def _started(model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
+    """What `start` and `start_options` give."""
+    start = options["start"]
+    entry = METHODS[start]
+    shared = {key: options[key] for key in options_of(entry) if key in COMMON_OPTIONS and key in options}
+    settings = _settings(start, entry, {**shared, **options["start_options"]})
+    return entry.apply(model, data, weight_bits, activation_bits, settings)
+
+
 def _threshold_adjustment(
     model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict
 ) -> GroupThresholds:
@@ -170,11 +194,7 @@ def _trained(make_loss: Callable[[nn.Module, Groups, dict], Loss], has_balanced_
         # of the whole split: an epoch may leave the last, smaller batch out
         counted = train_data.annotations() if hasattr(train_data, "annotations") else train_data
         groups = Groups.of(counted, options["attributes"])
-        start = options["start"]
-        entry = METHODS[start]
-        shared = {key: options[key] for key in options_of(entry) if key in COMMON_OPTIONS and key in options}
-        settings = _settings(start, entry, {**shared, **options["start_options"]})
-        quantized = entry.apply(model, data, weight_bits, activation_bits, settings)
+        quantized = _started(model, data, weight_bits, activation_bits, options)
         loader = train_data
         if has_balanced_batches:
             loader = GroupBalancedLoader(train_data, groups, seed_for(options["seed"], "balanced batches"))
@@ -190,7 +210,7 @@ def _trained(make_loss: Callable[[nn.Module, Groups, dict], Loss], has_balanced_
             quantized, loader, data.validation, _training_settings(options), loss=loss, score=score,
             progress=data.progress,
         )  # fmt: skip
-        quantized.description |= {"method": "qat", "start": start}
+        quantized.description |= {"method": "qat", "start": options["start"]}
         return quantized
 
     return run
@@ -345,6 +365,7 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "fair_mixed_precision": Method(_fair_mixed_precision, (FairMixedPrecision,), True, GROUPS),
+    "output_calibration": _ptq_repair(OutputCalibration, _output_calibration),
     "threshold_adjustment": _ptq_repair(ThresholdAdjustment, _threshold_adjustment),
     "balanced_finetuning": _trained_repair(
         BalancedFinetuning,

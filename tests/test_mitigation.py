@@ -119,6 +119,9 @@ def test_what_each_repair_costs_and_did_is_in_its_row_and_record(finished):
     (layers,) = cells_of(config, "sensitive_layers")
     drifts = pd.DataFrame(record(results, layers.id)["extra"]["sensitive_layers_groups"])
     assert len(drifts) == 4 and drifts["drift_chosen"].max() <= drifts["drift_uniform"].max()
+    (output,) = cells_of(config, "output_calibration")
+    drifts = pd.DataFrame(record(results, output.id)["extra"]["output_calibration"])
+    assert len(drifts) == 4 and drifts["drift_after"].mean() < drifts["drift_before"].mean()
     plain = rows_of(results, "quantization")
     assert rows.loc[layers.id, "size_mb"] <= plain["size_mb"].iloc[0] * 1.01  # the same bytes
 
