@@ -57,7 +57,7 @@ def _main(options: argparse.Namespace) -> int:
         store = Store(config.results_dir)
         if options.dry_run:
             return _dry_run(config, store, _phases(options.phase))
-        with only_run(store.root):
+        with only_run(store):
             return _run(config, store, _phases(options.phase), device, options)
     except (ConfigError, DataError, StoreError, CheckpointError) as error:
         return _refuse(error)

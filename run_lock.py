@@ -5,7 +5,8 @@ ever blocks. Who holds it is written beside it, in `.lock.json`, for the message
 
 Between machines, flock is as good as the shared folder's file system: NFS passes it on unless it is mounted with
 `nolock` or `local_lock`, and some file systems have none at all. Therefore a `.lock.json` of another machine counts
-even where its lock does not, until its run ends or somebody deletes it. Workers of the run itself take no lock.
+even where its lock does not, until its run ends or somebody deletes it. Workers of the run itself take no lock; those
+that outlive it are known by their marks in running/, and have to end first.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ import contextlib
 import dataclasses
 import errno
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from owners import Owner
-from store import StoreError, write_errors, write_json
+from store import Store, StoreError, write_errors, write_json
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without flock
 PATIENCE = 1.0  # seconds: the one who was first may have ended just now, or not yet written who he is
+ORPHANS_PATIENCE = 10.0  # seconds that the workers of a run that died get to notice
 
 
 @contextlib.contextmanager
-def only_run(root: Path) -> Iterator[None]:
+def only_run(store: Store) -> Iterator[None]:
     """Hold the folder, made where it is not there; StoreError, one line, where another run holds it."""
     from filelock import FileLock, Timeout  # takes longer to import than --status to look
 
+    root = store.root
     with write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".lock")
@@ -46,6 +50,7 @@ def only_run(root: Path) -> Iterator[None]:
         owner = owner_of(root)
         if owner is not None and not owner.is_here:
             raise StoreError(_refusal(root))
+        _wait_for_orphans(store)
         write_json(_record(root), dataclasses.asdict(Owner.this_process()))
         try:
             yield
@@ -65,6 +70,19 @@ def owner_of(root: Path) -> Owner | None:
         return None
 
 
+def _wait_for_orphans(store: Store) -> None:
+    """StoreError where a worker of a run that died goes on computing: two of them would write the same files."""
+    deadline = time.monotonic() + ORPHANS_PATIENCE
+    while orphans := [(cell, owner) for cell, owner in store.marked() if owner is not None and owner.is_alive()]:
+        if time.monotonic() > deadline:
+            cell, owner = orphans[0]
+            raise StoreError(
+                f"{store.root}: process {owner.pid}, a worker of a run that has died, is still computing {cell}; "
+                "end it (kill) or wait for it, and run again"
+            )
+        time.sleep(0.05)
+
+
 def _record(root: Path) -> Path:
     return root / ".lock.json"
 
@@ -74,8 +92,6 @@ def _refusal(root: Path) -> str:
     if owner is None:
         return f"{root}: another run is using this folder; wait until it has ended, or use another results_dir"
     who = f"process {owner.pid} on {owner.host} since {owner.since} ({owner.command})"
-    if owner.is_alive() is False:
-        return f"{root}: its run has died ({who}), but workers that it started are still at it; end them, or wait"
     told = f"{root}: another run is using this folder: {who}; wait until it has ended, or use another results_dir"
     if owner.is_here:
         return told
