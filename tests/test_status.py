@@ -38,7 +38,7 @@ def logged(store: Store, **seconds: float) -> None:
 @pytest.fixture
 def half(tmp_path) -> tuple[Store, dict]:
     """Two models, two seeds: 4 baselines, 8 quantized (W8A8 and W4A4 of each), 8 repaired. Seed 1 of MobileNetV2 is not
-    trained; of ResNet-50 the W4A4 cell of seed 0 has failed, and nothing of seed 1 is quantized; nothing is repaired."""
+    trained, the W4A4 cell of seed 0 of ResNet-50 has failed, nothing of seed 1 is quantized, and nothing repaired."""
     cells = plan(CONFIG)
     quantized = {(c.model, c.seed, c.weight_bits): c.id for c in cells["quantization"]}
     skip = [c.id for c in cells["baseline"] if (c.model, c.seed) == ("mobilenet_v2", 1)]
@@ -89,12 +89,10 @@ def test_the_closest_kin_is_asked(half):
         "same": dataclasses.replace(one, id="same", seed=7),
     }
     entries = []
-    for seconds, (name, cell) in zip((1000.0, 100.0, 10.0, 1.0), kin.items(), strict=True):
+    for seconds, name in zip((1000.0, 100.0, 10.0, 1.0), kin, strict=True):
         entries.append({"cell": name, "phase": "quantization", "status": "done", "seconds": seconds})
         known = _Durations(entries, {"quantization": list(kin.values())}, store)
-        # with fewer kin, a mean of all that are as close
-        assert known.of(one) == seconds
-        del cell
+        assert known.of(one) == seconds  # of the closest alone, though each of them is also of the phase
     assert known.of(dataclasses.replace(one, model="resnet18", dataset="utkface")) == (1000 + 100 + 10 + 1) / 4
     assert known.of(dataclasses.replace(one, phase="mitigation")) is None
 
@@ -184,7 +182,7 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 def test_it_imports_no_torch_writes_nothing_and_needs_no_results(tmp_path):
