@@ -155,12 +155,12 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
 def _analyse(module, config: Config, store, report) -> None:
     """Run the analysis, and log what it is made of, by which --status knows whether it still is up to date."""
     from run_log import measured
-    from status import analysis_inputs
+    from status import ANALYSIS, analysis_inputs
 
     inputs = analysis_inputs(config, store)
-    with measured() as entry:
+    with store.mark_running(ANALYSIS), measured() as entry:
         module.run(config, store, report.step)
-    report.log.record({"phase": "analysis", "status": "done", **entry, "inputs": inputs})
+    report.log.record({"phase": ANALYSIS, "status": "done", **entry, "inputs": inputs})
 
 
 def _has_failed(cell: str, store) -> bool:

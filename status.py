@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from run_lock import owner_of
 from run_log import RunLog
 from store import Store, StoreError
 
+ANALYSIS = "analysis"  # the phase, and the name under which it is marked as running
 UP_TO_DATE, OUT_OF_DATE, TO_DO, UNKNOWN = "up to date", "out of date", "to do", "made, not known from what"
 
 
@@ -51,16 +53,19 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
     owner = owner_of(store.root)
     is_run = owner is not None and owner.is_alive() is not False
     running = dict(_running(store, is_run))
+    is_analysing = running.pop(ANALYSIS, None) is not None
     at_a_time = len(running) or (config.run.jobs if config.run.executor != "serial" else 1)
     durations = _Durations(entries, planned, store)
     status: dict[str, Any] = {
         "results_dir": str(store.root),
         "run": _told(owner, now) if is_run else None,
+        "died": _told(owner, now) if owner is not None and not is_run else None,
         "at_a_time": at_a_time,
         "phases": {},
         "running": [],
         "failed": [],
     }
+    broken: set[str] = set()
     for phase, cells in planned.items():
         counts = {"cells": len(cells), "done": 0, "failed": 0, "running": 0, "to_do": 0}
         left, unknown = 0.0, 0
@@ -68,7 +73,9 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
             state, error = _state(cell, config, store, running)
             counts[state] += 1
             if state == "failed":
-                status["failed"].append({"cell": cell.id, "phase": phase, "error": error})
+                broken.add(cell.id)
+                because_of = cell.baseline_cell if cell.baseline_cell in broken else None
+                status["failed"].append({"cell": cell.id, "phase": phase, "error": error, "because_of": because_of})
             if state in ("done", "failed"):
                 continue
             expected, elapsed = durations.of(cell), 0.0
@@ -87,6 +94,8 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
             "cells_of_unknown_length": unknown,
         }
     status["analysis"] = _analysis(entries, config, store)
+    if is_analysing:
+        status["analysis"]["state"] = "running"
     status["log"] = {"records": len(entries), "damaged_lines": damaged}
     everything = {cell.id for cells in planned.values() for cell in cells}
     found = {path.stem for path in (store.root / "cells").glob("*.json")}
@@ -144,7 +153,7 @@ def _told(owner: Owner, now: datetime) -> dict[str, Any]:
 
 
 def _analysis(entries: list[dict], config: Config, store: Store) -> dict[str, Any]:
-    made = [entry for entry in entries if entry["phase"] == "analysis" and entry["status"] == "done"]
+    made = [entry for entry in entries if entry["phase"] == ANALYSIS and entry["status"] == "done"]
     if not (store.analysis / "summary.md").exists():
         state = TO_DO
     elif not made:
@@ -212,8 +221,12 @@ class Screen:
 
     def _parts(self) -> Iterator[Any]:
         status = self.status
-        run = status["run"]
-        yield Text(f"{status['results_dir']}: " + ("no run in progress" if run is None else f"a run {_of(run)}"))
+        if status["run"] is not None:
+            yield Text(f"{status['results_dir']}: a run is in progress, {_of(status['run'])}")
+        else:
+            yield Text(f"{status['results_dir']}: no run in progress")
+        if status["died"] is not None:
+            yield Text(f"the last one was killed: {_of(status['died'])}; the same command goes on")
         table = Table("phase", box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("cells", "done", "failed", "running", "to do", "time spent", "time left"):
             table.add_column(column, justify="right")
@@ -232,8 +245,11 @@ class Screen:
             usual = "" if cell["expected_seconds"] is None else f", usually {duration(cell['expected_seconds'])}"
             who = f"process {cell['pid']} on {cell['host']}"
             yield Text(f"running: {cell['cell']}: {duration(cell['seconds'])}{usual} ({who})")
+        followers = Counter(cell["because_of"] for cell in status["failed"])
         for cell in status["failed"]:
-            yield Text(f"failed: {cell['cell']}: {cell['error']}")
+            if cell["because_of"] is None:
+                more = f" (and {followers[cell['cell']]} cells made from it)" if followers[cell["cell"]] else ""
+                yield Text(f"failed: {cell['cell']}{more}: {cell['error']}")
         if status["failed"]:
             yield Text("the next run computes failed cells again; --retry-failed only those, --keep-failed all others")
         if status["log"]["damaged_lines"]:
@@ -243,7 +259,7 @@ class Screen:
 
 
 def _of(run: Mapping[str, Any]) -> str:
-    return f"by process {run['pid']} on {run['host']} since {run['since']} ({run['command']})"
+    return f"process {run['pid']} on {run['host']} since {run['since']} ({run['command']})"
 
 
 def _left(numbers: Mapping[str, Any]) -> str:

@@ -65,7 +65,8 @@ def test_counts_times_and_the_error(half):
     assert mitigation["seconds_spent"] is None and mitigation["seconds_left"] is None  # not known, and not 0
     assert mitigation["cells_of_unknown_length"] == len(plan(CONFIG)["mitigation"])
     (told,) = status["failed"]
-    assert told == {"cell": failed, "phase": "quantization", "error": "RuntimeError: <script>alert(1)</script> broke"}
+    error = "RuntimeError: <script>alert(1)</script> broke"
+    assert told == {"cell": failed, "phase": "quantization", "error": error, "because_of": None}
     assert status["run"] is None and status["at_a_time"] == 1
 
 
@@ -124,6 +125,31 @@ def test_a_cell_of_another_machine_runs_as_long_as_its_run_does(half):
     assert counts(study_status(CONFIG, store, NOW), "quantization")[3] == 1
 
 
+def test_a_run_that_was_killed_is_told_of(half, tmp_path, capsys):
+    dead = dataclasses.replace(Owner.this_process(), birth="another-boot:1", command="python main.py --phase all")
+    (half[0].root / ".lock.json").write_text(json.dumps(dataclasses.asdict(dead)))
+    status = study_status(CONFIG, half[0], NOW)
+    assert status["run"] is None and status["died"]["pid"] == os.getpid()
+    assert main.main(["--status", "--results-dir", str(half[0].root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{half[0].root}: no run in progress"
+    assert lines[1].startswith(f"the last one was killed: process {os.getpid()} on ")
+    assert lines[1].endswith("(python main.py --phase all); the same command goes on")
+
+
+def test_what_failed_with_its_baseline_is_counted_and_not_listed(tmp_path, capsys):
+    cells = plan(CONFIG)
+    (baseline,) = (c.id for c in cells["baseline"] if (c.model, c.seed) == ("resnet50", 0))
+    made = [c.id for c in (*cells["quantization"], *cells["mitigation"]) if c.baseline_cell == baseline]
+    store, _ = write_study(tmp_path / "results", CONFIG, n=40, fail=[baseline, *made])
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.model_dump(mode="json")))
+    capsys.readouterr()
+    main.main(["--status", "--config", str(tmp_path / "config.json"), "--results-dir", str(store.root)])
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
+    assert len(made) > 2 and len(told) == 1
+    assert told[0].startswith(f"failed: {baseline} (and {len(made)} cells made from it): RuntimeError: ")
+
+
 def test_a_damaged_record_is_named_with_what_to_do(half):
     store, cell = half
     store.record_path(cell["resnet50", 0, 8]).write_bytes(b'{"row": ')
@@ -156,6 +182,8 @@ def test_the_analysis_is_up_to_date_only_with_what_it_was_made_of(half):
     assert state() == UP_TO_DATE  # the same bytes
     store.predictions_path(cell["resnet50", 0]).unlink()
     assert state() == OUT_OF_DATE
+    with store.mark_running("analysis"):
+        assert state() == "running" and study_status(CONFIG, store, NOW)["running"] == []
 
 
 def test_a_cut_off_model_file_is_something_to_do(half):
