@@ -163,7 +163,7 @@ def _analysis(entries: list[dict], config: Config, store: Store) -> dict[str, An
     return {
         "state": state,
         "seconds_spent": sum(entry["seconds"] or 0.0 for entry in made) if made else None,
-        "seconds_left": 0.0 if state == UP_TO_DATE else made[-1]["seconds"] if made else None,
+        "seconds_usual": made[-1]["seconds"] if made else None,
     }
 
 
@@ -233,12 +233,10 @@ class Screen:
         for phase, numbers in status["phases"].items():
             counts = [str(numbers[key]) for key in ("cells", "done", "failed", "running", "to_do")]
             table.add_row(phase, *counts, duration(numbers["seconds_spent"]), _left(numbers))
-        analysis = status["analysis"]
-        table.add_row(
-            "analysis", "", analysis["state"], "", "", "",
-            duration(analysis["seconds_spent"]), duration(analysis["seconds_left"]),
-        )  # fmt: skip
         yield table
+        analysis = status["analysis"]
+        took = "" if analysis["seconds_usual"] is None else f" (takes {duration(analysis['seconds_usual'])})"
+        yield Text(f"analysis: {analysis['state']}{took}")
         if status["at_a_time"] > 1:
             yield Text(f"time left: with {status['at_a_time']} cells at a time")
         for cell in status["running"]:

@@ -261,6 +261,23 @@ def test_what_is_done_with_cells_that_failed(tmp_path, capsys):
     assert run() == [0] and run.status == 0
 
 
+def test_a_failed_baseline_that_is_kept_keeps_its_record(tmp_path, monkeypatch, capsys):
+    """In the phase itself, which makes baselines without a checkpoint anew."""
+    config, results = write_config(tmp_path, seeds=1), tmp_path / "results"
+
+    def fails(cell, report, **context):
+        raise RuntimeError("diverged")
+
+    monkeypatch.setattr("phases.baseline.compute", fails)
+    command = ["--phase", "baseline", "--config", str(config), "--results-dir", str(results), "--device", "cpu"]
+    assert main.main(command) == 1
+    before = {path: path.stat().st_mtime_ns for path in (results / "cells").iterdir()}
+    assert len(before) == 3
+    assert main.main([*command, "--keep-failed"]) == 1  # they still are failed
+    assert {path: path.stat().st_mtime_ns for path in (results / "cells").iterdir()} == before
+    assert "3 cells failed" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_status_on_the_screen(half, tmp_path, capsys):
     store, cell = half
     config = tmp_path / "config.json"
@@ -273,7 +290,7 @@ def test_status_on_the_screen(half, tmp_path, capsys):
     (baseline,) = (line for line in lines if line.startswith("baseline"))
     assert baseline.split() == ["baseline", "4", "3", "0", "0", "1", "2", "h", "15", "min", "1", "min", "40", "s"]
     assert f"failed: {cell['resnet50', 0, 4]}: RuntimeError: <script>alert(1)</script> broke" in lines
-    assert "log.jsonl: 1 damaged lines are left out" in lines
+    assert "log.jsonl: 1 damaged lines are left out" in lines and "analysis: to do" in lines
     with pytest.raises(SystemExit) as stop:
         main.main(["--config", str(config)])
     assert stop.value.code == 2
