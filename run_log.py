@@ -89,7 +89,8 @@ def _append(path: Path, line: bytes) -> None:
 
 
 def _lock(file: int) -> None:
-    """Wait for the others, where the system and the file system have locks: without them one process writes at most."""
+    """Wait for the others. O_APPEND alone keeps the whole writes of one machine apart; the lock also those of several
+    machines, and a line that is written in parts. Where the system has no locks, O_APPEND has to do."""
     with contextlib.suppress(ImportError, OSError):
         import fcntl
 
