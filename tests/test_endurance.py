@@ -8,15 +8,18 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cheap_run import (
     captured,
     cells_of,
     contents,
+    fork,
     fork_and_wait,
     fork_run,
     mount,
@@ -187,18 +190,27 @@ def test_a_folder_that_goes_away_is_not_made_again(how, config, uninterrupted, t
 
 
 def test_kill_9_at_any_moment_and_the_same_command_again(config, uninterrupted, tmp_path):
-    """Ten times, each at another moment of a cell: whenever the number of files has grown by one to three."""
+    """Ten times, each before another operation on a file of the results folder, drawn from the first hundred."""
     results, kept = tmp_path / "results", {}
-    for kill, more in zip(range(10), itertools.cycle((1, 2, 3)), strict=False):
-        before = len(list(results.rglob("*.*")))
-        child = fork_run(tmp_path / f"run{kill}", config, results)
-        child.wait_for(lambda n=before + more: len(list(results.rglob("*.*"))) >= n and (results / "cells").is_dir())
-        assert child.kill() == -signal.SIGKILL
+    for kill, operation in enumerate(np.random.default_rng(3).integers(1, 100, 10)):
+
+        def killed(last: int = operation) -> int:
+            left = itertools.count(last, -1)
+
+            def count(event, arguments):
+                is_ours = event in ("open", "os.rename", "os.remove", "os.mkdir") and str(results) in str(arguments[0])
+                if is_ours and next(left) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(count)
+            return run_here(config, results)
+
+        assert fork(tmp_path / f"run{kill}", killed).wait() == -signal.SIGKILL
         assert unchanged(kept)
-        kept = finished(results)
-        if len(kept) > 3 * 9:
+        kept = finished(results) if results.exists() else {}
+        if len(kept) == 3 * 12:
             break
-    assert kill > 2
+    assert kill > 2 and kept
     goes_on(config, results, uninterrupted)
 
 
