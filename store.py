@@ -33,6 +33,7 @@ from owners import Owner, is_alive
 
 SCHEMA_VERSION = 2
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PROCESS.tmp, see atomic_path
+UNNAMED = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what safetensors writes before it gives it the temporary name
 FOLDERS = ("cells", "predictions", "checkpoints", "models", "running")
 PHASES = ("baseline", "quantization", "mitigation", "analysis")
 
@@ -161,6 +162,9 @@ class Store:
                     process = TEMPORARY.fullmatch(leftover.name)  # None: a file of another program
                     # this process has written nothing yet: one before it had its number, as in a container
                     if process is not None and (int(process[1]) == os.getpid() or not is_alive(int(process[1]))):
+                        leftover.unlink(missing_ok=True)
+                for leftover in (self.root / name).glob(".tmp*") if name in ("checkpoints", "models") else ():
+                    if UNNAMED.fullmatch(leftover.name):  # of no known process, and no other run is in progress
                         leftover.unlink(missing_ok=True)
             for cell, owner in self.marked():
                 if owner is None or not owner.is_alive():

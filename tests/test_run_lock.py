@@ -121,6 +121,9 @@ def test_a_worker_that_outlives_its_run_has_to_end_first(config, tmp_path, capsy
         assert f"process {worker}, a worker of a run that has died, is still computing {cells_of(config)[0]}" in error
     finally:
         os.kill(worker, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while owners.is_alive(worker):  # it takes the kernel a moment
+        assert time.monotonic() < deadline
     assert run_here(config, results) == 0
 
 
@@ -234,3 +237,14 @@ def test_a_temporary_of_a_process_that_had_this_ones_number_is_removed(tmp_path)
     leftover.touch()
     store.prepare("")
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "models"])
+def test_what_safetensors_leaves_when_it_is_killed_is_removed(folder, tmp_path):
+    store = Store(tmp_path / "results")
+    store.prepare("")
+    leftover, other = (store.root / folder / name for name in (".tmpxVuo3T", ".tmp-of-mine"))
+    leftover.touch()
+    other.touch()
+    store.prepare("")
+    assert (leftover.exists(), other.exists()) == (False, True)
