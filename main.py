@@ -1,6 +1,7 @@
 """Command line of the study: python main.py --phase {baseline,quantization,mitigation,analysis,all}.
 
-Exit status: 0 all done, 1 some cells failed, 2 bad config, data or arguments, 130 interrupted.
+python main.py --status tells how far it is. Exit status: 0 all done, 1 some cells failed, 2 bad config, data or
+arguments, or a results folder that cannot be used or is in use, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,17 +18,33 @@ PHASES = ("baseline", "quantization", "mitigation", "analysis")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.phase is None and not options.status:
+        parser.error("the following arguments are required: --phase (or --status)")
+    if options.json and not options.status:
+        parser.error("--json is for --status")
+    try:
+        return _main(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished cells are kept: run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _main(options: argparse.Namespace) -> int:
     try:
         config = load_config(options.config, options.set)
         if options.results_dir is not None:
             config = config.model_copy(update={"results_dir": options.results_dir})
     except ConfigError as error:
         return _refuse(error)
+    if options.status:
+        return _status(config, options.json)
 
     # after the arguments are known to be good: these import torch, which takes seconds
     from datasets import DataError
     from models import CheckpointError
+    from run_lock import only_run
     from store import Store, StoreError
     from tracking import check_installed
 
@@ -40,12 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         store = Store(config.results_dir)
         if options.dry_run:
             return _dry_run(config, store, _phases(options.phase))
-        return _run(config, store, _phases(options.phase), device, options)
+        with only_run(store):
+            return _run(config, store, _phases(options.phase), device, options)
     except (ConfigError, DataError, StoreError, CheckpointError) as error:
         return _refuse(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished cells are kept: run the same command again to go on", file=sys.stderr)
-        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,15 +68,22 @@ def _parser() -> argparse.ArgumentParser:
         prog="main.py",
         description="Measure what quantizing a vision model does to each demographic group, and what repairs it.",
     )
-    parser.add_argument("--phase", required=True, choices=(*PHASES, "all"))
+    parser.add_argument("--phase", choices=(*PHASES, "all"))
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="default: configs/config.yaml")
     parser.add_argument("--results-dir", metavar="DIR", help="overrides results_dir")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override any key: training.epochs=2"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--fresh", action="store_true", help="compute the cells of these phases again")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--fresh", action="store_true", help="compute the cells of these phases again")
+    again.add_argument(
+        "--retry-failed", action="store_true", help="compute again the cells that failed, and no others (default: both)"
+    )
+    again.add_argument("--keep-failed", action="store_true", help="leave the cells that failed as they are")
     parser.add_argument("--dry-run", action="store_true", help="print the cells, done or to do, and stop")
+    parser.add_argument("--status", action="store_true", help="how far the study is, in time too; also during a run")
+    parser.add_argument("--json", action="store_true", help="with --status: for programs")
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
     return parser
 
@@ -72,25 +94,35 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     from phases import cross_evaluate
     from phases.deploy import unmatched_patterns
     from phases.plan import plan
+    from run_log import RunLog
     from runner import Report
     from tracking import Tracker
 
     planned = plan(config)
     everything = [cell.id for cells in planned.values() for cell in cells]
+    broken = {cell.id for phase in phases for cell in planned.get(phase, []) if _has_failed(cell.id, store)}
+    if options.retry_failed and not broken:
+        print(f"{config.results_dir}: no cell of these phases has failed")
+        return 0
     store.prepare(dump_config(config))
     if options.fresh:
         store.clear([cell.id for phase in phases for cell in planned.get(phase, [])])
     report = Report(options.quiet)
     report.tracker = Tracker(config, store.root, report.line)
+    report.log = RunLog(store)
+    if options.retry_failed or options.keep_failed:
+        report.chosen = lambda todo: [cell for cell in todo if (cell.id in broken) == options.retry_failed]
     for line in unmatched_patterns(config, [cell for cells in planned.values() for cell in cells]):
         report.line(line)
     unusable: list[str] = []
     for phase in phases:
+        if options.retry_failed and phase != "analysis" and not broken & {cell.id for cell in planned[phase]}:
+            continue
         if phase != "baseline":
             _refresh(config, store, planned, report)
         module = importlib.import_module(f"phases.{phase}")
         if phase == "analysis":
-            module.run(config, store, report.step)
+            _analyse(module, config, store, report)
             report.line((store.analysis / "groups.md").read_text(encoding="utf-8"))
             unusable = _unusable(store)
         else:
@@ -118,6 +150,44 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     told = "".join(f"; {count} {what}" for count, what in counts if count)
     report.line(f"results are in {config.results_dir}{told}")
     return 1 if any(count for count, _ in counts) else 0
+
+
+def _analyse(module, config: Config, store, report) -> None:
+    """Run the analysis, and log what it is made of, by which --status knows whether it still is up to date."""
+    from run_log import measured
+    from status import ANALYSIS, analysis_inputs
+
+    inputs = analysis_inputs(config, store)
+    with store.mark_running(ANALYSIS), measured() as entry:
+        module.run(config, store, report.step)
+    report.log.record({"phase": ANALYSIS, "status": "done", **entry, "inputs": inputs})
+
+
+def _has_failed(cell: str, store) -> bool:
+    record = store.record(cell)
+    return record is not None and record["row"]["status"] == "failed"
+
+
+def _status(config: Config, as_json: bool) -> int:
+    """No torch is imported here: it is asked often, and while a run needs the machine."""
+    import json
+
+    from rich.console import Console
+
+    from status import Screen, study_status
+    from store import Store, StoreError
+
+    try:
+        status = study_status(config, Store(config.results_dir))
+    except StoreError as error:
+        return _refuse(error)
+    if as_json:
+        print(json.dumps(status, indent=1, ensure_ascii=False))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        console.width = max(console.width, 100)
+        console.print(Screen(status))
+    return 0
 
 
 def _failed_deployments(config: Config, store, cells) -> list[str]:
@@ -203,20 +273,13 @@ def _check_evaluation(config: Config) -> None:
 
 
 def _dry_run(config: Config, store, phases: Sequence[str]) -> int:
-    from phases import cross_evaluate, deploy, diagnose
+    from phases.complete import missing as what_is_missing
     from phases.plan import plan
 
     for phase, cells in plan(config).items():
         if phase not in phases:
             continue
-        missing = {}
-        for cell in cells:
-            if not deploy.is_complete(cell, config, store):
-                missing[cell.id] = "deploy"  # where it is computed: what the config deploys of it
-            elif not diagnose.is_complete(cell, config, store):
-                missing[cell.id] = "diagnose"
-            elif not cross_evaluate.is_complete(cell, config, store):
-                missing[cell.id] = "measure"
+        missing = {cell.id: what for cell in cells if (what := what_is_missing(cell, config, store))}
         done = len(cells) - len(missing)
         print(f"{phase}: {len(cells)} cells, {done} done, {len(cells) - done} to do")
         for cell in cells:

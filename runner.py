@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from config import Config, ConfigError
 from datasets import DataError
 from models import CheckpointError
 from phases.plan import Cell
+from run_log import RunLog, measured
 from store import Store, StoreError, seed_for
 from tracking import Tracker
 
@@ -43,6 +45,8 @@ class Report:
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
         self.tracker: Tracker | None = None  # gets each cell that ended
+        self.log: RunLog | None = None  # likewise
+        self.chosen: Callable[[list[Cell]], list[Cell]] | None = None  # of those to do; None: all
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self.has_details = not quiet and not self.live
@@ -52,10 +56,11 @@ class Report:
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def start(self, phase: str, cells: int, done: int) -> None:
+    def start(self, phase: str, cells: int, done: int, todo: int) -> None:
         kept = f", {done} of them done before" if done else ""
+        kept += f", {cells - done - todo} left as they are" if todo < cells - done else ""
         self.line(f"{phase}: {cells} cell{'s' if cells != 1 else ''}{kept}")
-        if self.live and done < cells:
+        if self.live and todo:
             self.bar = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.fields[cell]}", markup=False),
@@ -68,7 +73,7 @@ class Report:
                 transient=True,
             )
             self.bar.start()
-            self.task = self.bar.add_task(phase, total=cells - done, cell=phase)
+            self.task = self.bar.add_task(phase, total=todo, cell=phase)
 
     def progress(self, text: str, share: float) -> None:
         """What is going on before the first cell; only a cell's own report shows it."""
@@ -99,21 +104,26 @@ def run_cells(
     """Compute the cells that are not complete yet (None: not done), in order, and write each one as it ends."""
     planned = [cell.id for cell in cells]
     todo = [cell for cell in cells if not (is_complete(cell) if is_complete else store.is_done(cell.id))]
-    report.start(phase, len(cells), len(cells) - len(todo))
+    done = len(cells) - len(todo)
+    if report.chosen is not None:
+        todo = report.chosen(todo)
+    report.start(phase, len(cells), done, len(todo))
     written = time.monotonic()
     try:
         for position, cell in enumerate(todo):
             report.update(cell.id, position)
-            start = time.perf_counter()
-            row, groups, extra = _run_cell(cell, compute, config, report, position)
-            store.write_cell(row, groups, extra)
+            with store.mark_running(cell.id), measured() as entry:
+                row, groups, extra, trace = _run_cell(cell, compute, config, report, position)
+                store.write_cell(row, groups, extra)
+            if report.log is not None:
+                told = {"cell": cell.id, "phase": phase, "status": row["status"], "error": row["error"]}
+                report.log.record({**told, **entry, "traceback": trace})
             if report.tracker is not None:
                 report.tracker.log(cell, row, extra)
-            seconds = time.perf_counter() - start
             outcome = (
                 f"accuracy {100 * row['accuracy']:.1f} %" if row["status"] == "done" else f"FAILED: {row['error']}"
             )
-            report.line(f"  [{position + 1}/{len(todo)}] {cell.id}: {outcome} ({seconds:.1f} s)")
+            report.line(f"  [{position + 1}/{len(todo)}] {cell.id}: {outcome} ({entry['seconds']:.1f} s)")
             if time.monotonic() - written > TABLE_SECONDS:
                 store.write_tables(phase, planned)
                 written = time.monotonic()
@@ -125,7 +135,8 @@ def run_cells(
 
 def _run_cell(
     cell: Cell, compute: Compute, config: Config, report: Report, position: int
-) -> tuple[dict, list[dict], dict]:
+) -> tuple[dict, list[dict], dict, str | None]:
+    """(row, groups, extra, the traceback of a failure)."""
     torch.set_num_threads(config.run.threads_per_cell)
     torch.manual_seed(seed_for(cell.seed, cell.id, "global"))  # for what draws without a generator, such as dropout
     view = _CellReport(report, cell.id, position)
@@ -134,10 +145,10 @@ def _run_cell(
     except FATAL:
         raise
     except Exception as error:  # the sweep goes on; the row and the exit status say what happened
-        return {**cell.identity(), "status": "failed", "error": one_line(error)}, [], {}
+        return {**cell.identity(), "status": "failed", "error": one_line(error)}, [], {}, traceback.format_exc()
     identity = cell.identity()
     groups = [{**{key: identity[key] for key in _GROUP_IDENTITY}, **group} for group in result.groups]
-    return {**identity, "status": "done", "error": None, **result.columns}, groups, result.extra
+    return {**identity, "status": "done", "error": None, **result.columns}, groups, result.extra, None
 
 
 def one_line(error: BaseException) -> str:

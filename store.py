@@ -2,7 +2,8 @@
 
 A results folder can be read while a run writes it and survives kill -9 at any moment, because every file is written
 to a temporary name in the same folder, synced and renamed, and because a cell's record (`cells/<cell>.json`), which
-marks the cell as done, is written last. The CSV and JSON tables are derived from the records.
+marks the cell as done, is written last. The CSV and JSON tables are derived from the records. While a cell is being
+computed `running/<cell>.json` says by whom; no result depends on that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ import numpy as np
 import pandas as pd
 
 from group_counts import METRICS
+from owners import Owner, is_alive
 
 SCHEMA_VERSION = 2
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PROCESS.tmp, see atomic_path
-FOLDERS = ("cells", "predictions", "checkpoints", "models")
+UNNAMED = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what safetensors writes before it gives it the temporary name
+FOLDERS = ("cells", "predictions", "checkpoints", "models", "running")
 PHASES = ("baseline", "quantization", "mitigation", "analysis")
 
 IDENTITY_COLUMNS = (
@@ -101,36 +104,53 @@ class Store:
                 f"{self.root}: written with results schema {version}, this program reads {SCHEMA_VERSION}; "
                 "use another results_dir, or the version of the program that wrote it"
             )
+        self._was_there = version is not None
 
     # ------------------------------------------------------------------------------------------------------ places
 
+    def place(self, *parts: str) -> Path:
+        """A path in the folder. StoreError where a folder that was there is not any more: what is written under its
+        name would make it again, half empty, or fill the disk below an unmounted one."""
+        if self._was_there:
+            try:
+                os.stat(self.root / "environment.json")
+            except OSError:
+                raise StoreError(
+                    f"{self.root}: the results folder is gone (deleted, moved or unmounted, or its environment.json "
+                    "is); put it back and run the same command again, which goes on with the cells finished in it"
+                ) from None
+        return self.root.joinpath(*parts)
+
     def record_path(self, cell: str) -> Path:
-        return self.root / "cells" / f"{cell}.json"
+        return self.place("cells", f"{cell}.json")
 
     def predictions_path(self, cell: str) -> Path:
-        return self.root / "predictions" / f"{cell}.npz"
+        return self.place("predictions", f"{cell}.npz")
 
     def checkpoint_path(self, dataset: str, model: str, seed: int) -> Path:
-        return self.root / "checkpoints" / f"{dataset}-{model}-s{seed}.safetensors"
+        return self.place("checkpoints", f"{dataset}-{model}-s{seed}.safetensors")
 
     def model_path(self, cell: str) -> Path:
-        return self.root / "models" / f"{cell}.onnx"
+        return self.place("models", f"{cell}.onnx")
 
     def packed_path(self, cell: str) -> Path:
         """Where a model's tensors are written to be weighed; nothing stays there."""
-        return self.root / "models" / f"{cell}.safetensors"
+        return self.place("models", f"{cell}.safetensors")
 
     def results_path(self, phase: str, suffix: str = "csv") -> Path:
-        return self.root / f"{phase}_results.{suffix}"
+        return self.place(f"{phase}_results.{suffix}")
 
     @property
     def analysis(self) -> Path:
-        return self.root / "analysis"
+        return self.place("analysis")
 
     # ---------------------------------------------------------------------------------------------------- a run's start
 
     def prepare(self, config_yaml: str) -> None:
-        """Create the folder, remove temporary files of dead runs, and save the resolved config and the environment."""
+        """Create the folder, remove what dead runs left half done, and save the resolved config and the environment.
+
+        For the one run that holds the folder (run_lock): whatever another machine left is of a run that has ended.
+        """
         with write_errors(self.root):
             for name in FOLDERS:
                 folder = self.root / name
@@ -140,10 +160,21 @@ class Store:
             for name in ("", *FOLDERS, "analysis", "analysis/tables"):
                 for leftover in (self.root / name).glob(".*.tmp"):
                     process = TEMPORARY.fullmatch(leftover.name)  # None: a file of another program
-                    if process is not None and not _is_alive(int(process[1])):
+                    # this process has written nothing yet: one before it had its number, as in a container
+                    if process is not None and (int(process[1]) == os.getpid() or not is_alive(int(process[1]))):
                         leftover.unlink(missing_ok=True)
+                for leftover in (self.root / name).glob(".tmp*") if name in ("checkpoints", "models") else ():
+                    if UNNAMED.fullmatch(leftover.name):  # of no known process, and no other run is in progress
+                        leftover.unlink(missing_ok=True)
+            for cell, owner in self.marked():
+                if owner is None or not owner.is_alive():
+                    self._marker(cell).unlink(missing_ok=True)
+            _sync_folder(self.root)  # the names of the new folders survive a power cut too
+            with contextlib.suppress(PermissionError):  # a folder of somebody else, in which ours is
+                _sync_folder(self.root.absolute().parent)
         write_text(self.root / "config.yaml", config_yaml)
         write_json(self.root / "environment.json", {"schema_version": SCHEMA_VERSION, **environment()})
+        self._was_there = True
 
     def clear(self, cells: Sequence[str]) -> None:
         """Forget these cells (--fresh): record first, so that a kill in between leaves nothing that looks done."""
@@ -153,6 +184,41 @@ class Store:
                 for path in (self.predictions_path(cell), *self.predictions_path(cell).parent.glob(f"{cell}@*.npz")):
                     path.unlink(missing_ok=True)
                 self.model_path(cell).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------------- running cells
+
+    @contextlib.contextmanager
+    def mark_running(self, cell: str) -> Iterator[None]:
+        """running/<cell>.json says who computes the cell, while he does. Not synced: a power cut may lose it."""
+        path = self._marker(cell)
+        temporary = _temporary_beside(path)
+        with write_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            try:
+                temporary.write_text(json.dumps({"cell": cell, **asdict(Owner.this_process())}), encoding="utf-8")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # what the cell raises is the message; a dead one's marker is no harm
+                (self.root / "running" / path.name).unlink(missing_ok=True)
+
+    def marked(self) -> list[tuple[str, Owner | None]]:
+        """(cell, who says that he computes it): those who died too, and None for a file that is torn."""
+        found = []
+        for path in sorted((self.root / "running").glob("*.json")):
+            try:
+                found.append((path.stem, Owner.of(json.loads(path.read_text(encoding="utf-8")))))
+            except FileNotFoundError:  # it has ended just now
+                continue
+            except (OSError, ValueError):
+                found.append((path.stem, None))
+        return found
+
+    def _marker(self, cell: str) -> Path:
+        return self.place("running", f"{cell}.json")
 
     # ------------------------------------------------------------------------------------------------------------ cells
 
@@ -216,7 +282,7 @@ class Store:
     def records(self, phase: str | None = None) -> dict[str, dict]:
         """Every record in the folder, by cell."""
         found = {}
-        for path in sorted((self.root / "cells").glob("*.json")):
+        for path in sorted(self.place("cells").glob("*.json")):
             record = self.record(path.stem)
             if record is not None and (phase is None or record["row"]["phase"] == phase):
                 found[path.stem] = record
@@ -237,7 +303,7 @@ class Store:
     def write_group_table(self, planned: Sequence[str]) -> None:
         rows = ordered_rows(self.records(), planned)
         frame = pd.DataFrame([group for record in rows for group in record["groups"]], columns=list(GROUP_COLUMNS))
-        write_text(self.root / "group_results.csv", frame.to_csv(index=False))
+        write_text(self.place("group_results.csv"), frame.to_csv(index=False))
 
     def write_extra_table(self, name: str, key: str, columns: Sequence[str], planned: Sequence[str]) -> None:
         """`<name>.csv`, keyed by `cell`: the rows that cells of whatever phase hold under `key` of their extra."""
@@ -249,10 +315,10 @@ class Store:
             for row in records[cell]["extra"].get(key, [])
         ]
         frame = pd.DataFrame(rows, columns=["cell", *columns])
-        write_text(self.root / f"{name}.csv", frame.to_csv(index=False))
+        write_text(self.place(f"{name}.csv"), frame.to_csv(index=False))
 
     def read_extra_table(self, name: str) -> pd.DataFrame | None:
-        path = self.root / f"{name}.csv"
+        path = self.place(f"{name}.csv")
         return pd.read_csv(path) if path.exists() else None
 
     def read_table(self, phase: str) -> pd.DataFrame:
@@ -263,7 +329,7 @@ class Store:
         return _read_csv(path, ROW_COLUMNS, phase)
 
     def read_group_table(self) -> pd.DataFrame:
-        path = self.root / "group_results.csv"
+        path = self.place("group_results.csv")
         if not path.exists():
             raise MissingArtifactError(f"{path}: missing; make it with python main.py --phase baseline")
         return _read_csv(path, GROUP_COLUMNS, "baseline")
@@ -332,7 +398,7 @@ def write_errors(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that is synced and renamed to it at the end, or removed on any failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary_beside(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -342,22 +408,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        if os.name == "posix":
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+        _sync_folder(path.parent)
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names of a folder's files, which are not part of the files."""
+    if os.name == "posix":
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -37,6 +37,7 @@ PACKAGES = {  # distribution -> module
     "pyarrow": "pyarrow",
     "huggingface_hub": "huggingface_hub",
     "rich": "rich",
+    "filelock": "filelock",
 }
 MINIMUM_PYTHON = (3, 11)
 

@@ -25,7 +25,7 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
     """Train what is not trained yet; returns the rows of the phase."""
     cells = plan(config)["baseline"]
     # a checkpoint has no hash in its name: one that a later config overwrote is trained again
-    store.clear([cell.id for cell in cells if not checkpoint_matches(_checkpoint(store, cell), cell.id)])
+    store.clear([c.id for c in cells if store.is_done(c.id) and not checkpoint_matches(_checkpoint(store, c), c.id)])
     data = DatasetCache(config)
     _check_fingerprints(cells, store, data, report)
     cross_evaluate.check_data(cells, config, store, data, report)

@@ -19,10 +19,19 @@ from datasets import BatchLoader, FaceDataset, Split
 from evaluation import Predictions, predict
 from fairness_metrics import metrics_of_predictions
 from group_mapping import Correspondence, correspondence
-from phases.measure import Predicted, deployed_name, metric_settings
+from phases.complete import (
+    deployed_name,
+    evaluation_metrics_key,
+    evaluation_settings,
+    is_evaluated,
+    is_evaluated_on,
+    other_datasets,
+    rows_elsewhere,
+)
+from phases.measure import Predicted
 from phases.plan import Cell
 from runner import FATAL, one_line
-from store import GROUP_METRIC_COLUMNS, Store, StoreError, short_hash
+from store import GROUP_METRIC_COLUMNS, Store, StoreError
 
 COLUMNS = (
     "trained_on", "evaluated_on", "status", "error", "attribute", "n", *GROUP_METRIC_COLUMNS, "home_n",
@@ -34,20 +43,8 @@ GROUP_COLUMNS = (
     "accuracy_ci_low", "accuracy_ci_high", "selection_rate", "true_positive_rate", "false_positive_rate",
     "positive_predictive_value", "too_small", *(f"home_{column}" for column in HOME_GROUP_COLUMNS),
 )  # fmt: skip
-# of a data set's section: what its test split does not depend on
-NOT_OF_THE_TEST_SPLIT = {
-    "root", "image_size", "max_train", "validation_share", "train_images", "validation_images",
-}  # fmt: skip
 
-
-def wanted(cell: Cell, config: Config) -> list[str]:
-    """The other data sets that the config wants the cell's model measured on."""
-    return [name for name in config.evaluation.also_on if name != cell.dataset]
-
-
-def is_complete(cell: Cell, config: Config, store: Store) -> bool:
-    """Whether the finished cell is measured on every other data set that the config wants."""
-    return all(_is_current(cell, name, config, store) for name in wanted(cell, config))
+is_complete, wanted = is_evaluated, other_datasets
 
 
 def check_data(cells: Iterable[Cell], config: Config, store: Store, data: Any, report: Any) -> None:
@@ -57,8 +54,8 @@ def check_data(cells: Iterable[Cell], config: Config, store: Store, data: Any, r
     pairs = {
         (cell.dataset, name)
         for cell in cells
-        for name in wanted(cell, config)
-        if not _is_current(cell, name, config, store)
+        for name in other_datasets(cell, config)
+        if not is_evaluated_on(cell, name, config, store)
     }
     if not pairs:
         return
@@ -67,9 +64,9 @@ def check_data(cells: Iterable[Cell], config: Config, store: Store, data: Any, r
         for pair in sorted(pairs)
     }
     for cell in cells:
-        for name, row in _rows(cell, store).items():
+        for name, row in rows_elsewhere(cell, store).items():
             pair = (cell.dataset, name)
-            is_compared = pair in pairs and row["status"] == "done" and _is_current(cell, name, config, store)
+            is_compared = pair in pairs and row["status"] == "done" and is_evaluated_on(cell, name, config, store)
             if is_compared and row["fingerprint"] != opened[pair]:
                 raise StoreError(
                     f"{store.predictions_path(deployed_name(cell.id, name))}: of other test images than {name} has "
@@ -90,9 +87,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """What goes into the cell's record: a row for each other data set, and rows of its groups; nothing where there is
     none. `predictions` are those of the cell's own test split. A set that fails is a row with the error."""
-    rows, groups = _rows(cell, store), _groups(cell, store)
-    for name in wanted(cell, config):
-        if not _is_current(cell, name, config, store):
+    rows, groups = rows_elsewhere(cell, store), _groups(cell, store)
+    for name in other_datasets(cell, config):
+        if not is_evaluated_on(cell, name, config, store):
             report.progress(f"predicting {name}", 0.93)
             rows[name], groups[name] = _evaluate_on(
                 name, model, cell, predictions, names, config, store, data, device, report
@@ -107,15 +104,15 @@ def refresh(cells: Iterable[Cell], config: Config, store: Store) -> int:
     many cells. Predictions that cannot be read are left to the analysis, which names them."""
     refreshed = 0
     for cell in cells:
-        names = wanted(cell, config)
-        rows = _rows(cell, store) if names else {}
+        names = other_datasets(cell, config)
+        rows = rows_elsewhere(cell, store) if names else {}
         stale = [
             name
             for name in names
             if name in rows
             and rows[name]["status"] == "done"
-            and _is_current(cell, name, config, store)
-            and rows[name]["metrics_key"] != _metrics_key(cell, name, config)
+            and is_evaluated_on(cell, name, config, store)
+            and rows[name]["metrics_key"] != evaluation_metrics_key(cell, name, config)
         ]
         if not stale:
             continue
@@ -137,11 +134,12 @@ def refresh(cells: Iterable[Cell], config: Config, store: Store) -> int:
 def failures(cells: Iterable[Cell], config: Config, store: Store) -> list[str]:
     """A line for each data set that a finished cell was to be measured on and is not."""
     return [
-        f"evaluation failed: {cell.id}: {name}: {_rows(cell, store).get(name, {}).get('error') or 'not measured'}"
+        f"evaluation failed: {cell.id}: {name}: "
+        f"{rows_elsewhere(cell, store).get(name, {}).get('error') or 'not measured'}"
         for cell in cells
         if store.is_done(cell.id)
-        for name in wanted(cell, config)
-        if not _is_current(cell, name, config, store)
+        for name in other_datasets(cell, config)
+        if not is_evaluated_on(cell, name, config, store)
     ]
 
 
@@ -169,7 +167,10 @@ def _evaluate_on(
 ) -> tuple[dict, list[dict]]:
     mapping = correspondence(config, cell.dataset, name)
     row = {"trained_on": cell.dataset, "evaluated_on": name, "status": "failed", "error": None}
-    row |= {"settings": _settings(cell, name, config), "metrics_key": _metrics_key(cell, name, config)}
+    row |= {
+        "settings": evaluation_settings(cell, name, config),
+        "metrics_key": evaluation_metrics_key(cell, name, config),
+    }
     dataset: FaceDataset = data.load_abroad(name, config.dataset(cell.dataset).image_size, report)
     try:
         split = dataset.splits["test"]
@@ -199,7 +200,10 @@ def _measured(
 ) -> tuple[dict[str, Any], list[dict]]:
     """The metrics abroad, and at home over the same common groups."""
     mapping = correspondence(config, cell.dataset, name)
-    columns: dict[str, Any] = {"attribute": mapping.primary.name, "metrics_key": _metrics_key(cell, name, config)}
+    columns: dict[str, Any] = {
+        "attribute": mapping.primary.name,
+        "metrics_key": evaluation_metrics_key(cell, name, config),
+    }
     rows = []
     for attribute in mapping.attributes:
         found = [
@@ -242,49 +246,9 @@ def _with_home_groups(split: Split, mapping: Correspondence) -> Split:
     return dataclasses.replace(split, sensitive=told)
 
 
-def _rows(cell: Cell, store: Store) -> dict[str, dict]:
-    """The rows of a finished cell, by data set."""
-    record = store.record(cell.id) if store.is_done(cell.id) else None
-    return {} if record is None else {row["evaluated_on"]: row for row in record["extra"].get("cross_dataset", [])}
-
-
 def _groups(cell: Cell, store: Store) -> dict[str, list[dict]]:
     record = store.record(cell.id) if store.is_done(cell.id) else None
     found: dict[str, list[dict]] = {}
     for row in [] if record is None else record["extra"].get("cross_dataset_groups", []):
         found.setdefault(row["evaluated_on"], []).append(row)
     return found
-
-
-def _is_current(cell: Cell, name: str, config: Config, store: Store) -> bool:
-    """Whether the cell has predictions of that data set as the config has it, or a reason why it cannot have any."""
-    row = _rows(cell, store).get(name)
-    if row is None or row["settings"] != _settings(cell, name, config):
-        return False
-    if row["status"] == "skipped":
-        return row["metrics_key"] == _metrics_key(cell, name, config)
-    return row["status"] == "done" and store.predictions_path(deployed_name(cell.id, name)).exists()
-
-
-def _settings(cell: Cell, name: str, config: Config) -> str:
-    """Of everything that predictions on another data set depend on beside the model and the data themselves."""
-    section = config.dataset(name).model_dump(mode="json", exclude=NOT_OF_THE_TEST_SPLIT)
-    classes = correspondence(config, cell.dataset, name).class_codes.tolist()
-    return short_hash({"data": section, "classes": classes, "image_size": config.dataset(cell.dataset).image_size})
-
-
-def _metrics_key(cell: Cell, name: str, config: Config) -> str:
-    """Of everything that the metrics depend on beside the predictions."""
-    mapping = correspondence(config, cell.dataset, name)
-    groups = [
-        [
-            common.name,
-            common.home,
-            common.abroad,
-            common.groups,
-            common.home_codes.tolist(),
-            common.abroad_codes.tolist(),
-        ]
-        for common in mapping.attributes
-    ]
-    return short_hash({"metrics": metric_settings(config, cell.dataset), "groups": groups})

@@ -8,7 +8,6 @@ Latencies are recorded and decide nothing.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,59 +22,19 @@ from datasets import FaceDataset
 from deployment import DeploymentError, Export, export_onnx, load_engine
 from engines import EngineError
 from evaluation import EvaluationError, Latency, latency, predict, write_model
-from phases.measure import Predicted, compression, deployed_name, measure_deployed
+from phases.complete import deployed_name, deployment_settings, is_selected
+from phases.complete import is_deployed as is_complete
+from phases.measure import Predicted, compression, measure_deployed
 from phases.plan import Cell
 from runner import FATAL, CellResult, Compute, one_line
 from store import DEPLOYED_COLUMNS, Store, StoreError, write_errors
 
-FP32 = "FP32"
 BATCHES = (1, 32)  # of the latencies
 SINGLES = 4  # passes of one image for each pass of a batch
 DEPLOYMENT_COLUMNS = (
     "engine", "provider", "status", "error", "weight_types", "size_mb", "agreement", "latency_ms_b1",
     "latency_p95_ms_b1", "latency_ms_b32", "throughput",
 )  # fmt: skip
-
-
-def is_selected(cell: Cell, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns MODEL:METHOD:BITS names the cell."""
-    method = cell.strategy or cell.method
-    bits = FP32 if cell.weight_bits is None else f"W{cell.weight_bits}A{cell.activation_bits}"
-    for pattern in patterns:
-        model_pattern, method_pattern, bits_pattern = (*pattern.split(":"), "*", "*")[:3]
-        if bits_pattern.isdigit():  # 8 means W8A8, as in bit_widths
-            bits_pattern = f"W{bits_pattern}A{bits_pattern}"
-        if (
-            fnmatch.fnmatchcase(cell.model, model_pattern)
-            and fnmatch.fnmatchcase(method, method_pattern)
-            and fnmatch.fnmatchcase(bits, bits_pattern)
-        ):
-            return True
-    return False
-
-
-def is_complete(cell: Cell, config: Config, store: Store) -> bool:
-    """Whether the cell is done and deployed as the config wants it."""
-    if not store.is_done(cell.id):
-        return False
-    if is_selected(cell, config.deployment.export) and not store.model_path(cell.id).exists():
-        return False
-    if not is_selected(cell, config.deployment.cells):
-        return True
-    record = store.record(cell.id)
-    done = {row["engine"]: row for row in record["extra"].get("deployment", []) if row["status"] == "done"}
-    return (
-        done.keys() >= set(config.deployment.engines)
-        and not (config.deployment.latency and any("latency_ms_b1" not in row for row in done.values()))
-        and all(store.predictions_path(deployed_name(cell.id, engine)).exists() for engine in config.deployment.engines)
-        and record["row"]["engine"] == config.deployment.engines[0]
-        and record["extra"].get("deployment_settings") == _settings(config)
-    )
-
-
-def _settings(config: Config) -> dict[str, str]:
-    """What an engine's predictions depend on beside the model."""
-    return {"provider": config.deployment.provider, "float_precision": config.deployment.float_precision}
 
 
 def unmatched_patterns(config: Config, cells: Iterable[Cell]) -> list[str]:
@@ -113,6 +72,7 @@ def deploy(
     example = torch.zeros(1, 3, dataset.image_size, dataset.image_size)
     rows: list[dict] = []
     groups: list[dict] = []
+    model_bytes = None
     if is_selected(cell, (*config.deployment.cells, *config.deployment.export)):
         report.progress("exporting", 0.95)
         with _model_place(cell, config, store) as path:
@@ -134,6 +94,8 @@ def deploy(
                     raise error.__cause__ from None
                 rows = [_failed(engine, error) for engine in config.deployment.engines]
             else:
+                if is_selected(cell, config.deployment.export):
+                    model_bytes = path.stat().st_size
                 if is_selected(cell, config.deployment.cells):
                     for engine in config.deployment.engines:
                         report.progress(f"running {engine}", 0.97)
@@ -142,11 +104,14 @@ def deploy(
                         )
                         rows.append(row)
                         groups += of_groups
-    return _result(rows, groups, _simulation_costs(model, cell, example, config, store), config)
+    return _result(rows, groups, _simulation_costs(model, cell, example, config, store), model_bytes, config)
 
 
-def _result(rows: list[dict], groups: list[dict], simulation: dict[str, Any], config: Config) -> CellResult:
-    """The cost columns, which are those of the first engine that ran, or of the simulation; and what is kept."""
+def _result(
+    rows: list[dict], groups: list[dict], simulation: dict[str, Any], model_bytes: int | None, config: Config
+) -> CellResult:
+    """The cost columns, which are those of the first engine that ran, or of the simulation; and what is kept.
+    `model_bytes` is the length of the file that the config keeps."""
     columns = dict(simulation)
     first = next((row for row in rows if row["status"] == "done"), None)
     if first is not None:
@@ -155,7 +120,8 @@ def _result(rows: list[dict], groups: list[dict], simulation: dict[str, Any], co
         "simulation": simulation,
         "deployment": rows,
         "deployment_groups": groups,
-        "deployment_settings": _settings(config),
+        "deployment_settings": deployment_settings(config),
+        "model_bytes": model_bytes,
     }
     return CellResult(columns, [], extra)
 
@@ -165,7 +131,8 @@ def deploy_again(cell: Cell, deployed: CellResult, measured: CellResult, config:
     record = store.record(cell.id)
     is_run = is_selected(cell, config.deployment.cells) or deployed.extra["deployment"]
     if not is_run and any(row["status"] == "done" for row in record["extra"]["deployment"]):
-        row, extra = record["row"], record["extra"]  # only its file was missing: an earlier deployment stays
+        # only its file was missing: an earlier deployment stays
+        row, extra = record["row"], record["extra"] | {"model_bytes": deployed.extra["model_bytes"]}
     else:
         row = {key: value for key, value in record["row"].items() if key not in DEPENDENT_COLUMNS} | deployed.columns
         extra = record["extra"] | deployed.extra
@@ -210,7 +177,7 @@ def keeping_results(compute: Compute, config: Config, store: Store) -> Compute:
                 return kept(cell, {}, store)
             record = store.record(cell.id)
             rows = [_failed(engine, error) for engine in config.deployment.engines]
-            deployed = _result(rows, [], record["extra"]["simulation"], config)
+            deployed = _result(rows, [], record["extra"]["simulation"], record["extra"].get("model_bytes"), config)
             return deploy_again(cell, deployed, CellResult({}, record["groups"], {}), config, store)
 
     return compute_or_keep

@@ -42,7 +42,8 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     def is_complete(cell: Cell) -> bool:
         return all(part.is_complete(cell, config, store) for part in (deploy, diagnose, cross_evaluate))
 
-    needed = {cell.baseline_cell for cell in cells if not is_complete(cell)}
+    todo = [cell for cell in cells if not is_complete(cell)]
+    needed = {cell.baseline_cell for cell in (report.chosen(todo) if report.chosen else todo)}
     _check_baselines([cell for cell in planned["baseline"] if cell.id in needed], store)
     inputs = Inputs(config, store, device)
     cross_evaluate.check_data(cells, config, store, inputs.datasets, report)

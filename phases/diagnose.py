@@ -14,7 +14,7 @@ from torch import nn
 from config import Config
 from datasets import BatchLoader, FaceDataset
 from diagnostics import diagnose
-from phases.deploy import is_selected
+from phases.complete import diagnosis_settings, is_diagnosed, wants_diagnosis
 from phases.plan import Cell
 from runner import FATAL, one_line
 from store import Store, seed_for
@@ -32,17 +32,7 @@ TABLES = {
     ),
 }  # fmt: skip
 
-
-def is_complete(cell: Cell, config: Config, store: Store) -> bool:
-    """Whether the finished cell is diagnosed as the config wants it; True where it does not want it."""
-    if not is_wanted(cell, config):
-        return True
-    record = store.record(cell.id)
-    return record is not None and record["extra"].get("diagnostics_settings") == _settings(cell, config)
-
-
-def is_wanted(cell: Cell, config: Config) -> bool:
-    return cell.method != "none" and is_selected(cell, config.mitigation.diagnostics.cells)
+is_complete, is_wanted = is_diagnosed, wants_diagnosis
 
 
 def measure_diagnostics(
@@ -77,16 +67,7 @@ def _measured(fp32, quantized, cell: Cell, dataset: FaceDataset, config: Config,
     )
     tables = zip(TABLES, (found.groups, found.clipping, found.exemplars), strict=True)
     return {name: table.to_dict("records") for name, table in tables} | {
-        "diagnostics_settings": _settings(cell, config)
-    }
-
-
-def _settings(cell: Cell, config: Config) -> dict[str, Any]:
-    settings = config.mitigation.diagnostics
-    return {
-        "samples": settings.samples,
-        "hessian_samples": settings.hessian_samples,
-        "attribute": config.group_attribute(cell.dataset),
+        "diagnostics_settings": diagnosis_settings(cell, config)
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from config import Config
 from fairness_metrics import metrics_of_predictions
 from group_counts import METRICS, count_table, intersect
+from phases.complete import deployed_name, metric_settings
 from phases.plan import Cell
 from runner import CellResult
 from significance import bootstrap_intervals
@@ -22,16 +23,6 @@ from store import (
     seed_for,
     short_hash,
 )
-
-
-def metric_settings(config: Config, dataset: str) -> dict[str, Any]:
-    """What the metric columns depend on beside the predictions."""
-    return {
-        "attribute": config.group_attribute(dataset),
-        "min_group_size": config.data.min_group_size,
-        "replicates": config.analysis.bootstrap_replicates,
-        "confidence": config.analysis.confidence,
-    }
 
 
 def measure(cell: Cell, predictions, names: dict[str, Any], config: Config, baseline_row: dict | None) -> CellResult:
@@ -202,11 +193,6 @@ def _refresh_deployed(
                 result.columns |= columns
         rows.append(row)
     result.extra |= {"deployment": rows, "deployment_groups": groups}
-
-
-def deployed_name(cell: str, engine: str) -> str:
-    """Under which an engine's predictions are saved."""
-    return f"{cell}@{engine}"
 
 
 def compression(size_mb: float, baseline_row: dict | None) -> float | None:

@@ -297,7 +297,8 @@ def contents(results: Path) -> dict[str, object]:
     found = {}
     for path in sorted(path for path in results.rglob("*") if path.is_file()):
         name = path.relative_to(results).as_posix()
-        if path.parent.name in ("analysis", "tables") or name in ("config.yaml", "environment.json"):
+        of_the_run = ("config.yaml", "environment.json", "log.jsonl", ".lock")
+        if path.parent.name in ("analysis", "tables") or name in of_the_run:
             continue
         if path.suffix == ".csv":
             frame = pd.read_csv(path, keep_default_na=False, dtype=str)

@@ -1,0 +1,317 @@
+"""What may happen to a run at three in the morning, each really done to one: full and read-only disks, a folder that
+goes away, kill -9, Ctrl-C, writes cut in half. One clear line, the documented exit status, nothing finished lost."""
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cheap_run import (
+    captured,
+    cells_of,
+    contents,
+    fork,
+    fork_and_wait,
+    fork_run,
+    mount,
+    own_mounts,
+    run_here,
+    write_config,
+)
+
+import store as store_module
+from models import checkpoint_matches
+from run_log import RunLog
+from store import Store
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory) -> dict[str, bytes]:
+    results = tmp_path_factory.mktemp("uninterrupted") / "results"
+    assert run_here(config, results) == 0
+    return contents(results)
+
+
+def only_line(text: str) -> str:
+    assert text.startswith("error: ") and text.count("\n") == 1, text
+    return text
+
+
+def finished(results: Path) -> dict[Path, int]:
+    """The files of the cells that are done, with when they were written."""
+    store = Store(results)
+    stamps = {}
+    for cell, record in store.records().items():
+        assert store.is_done(cell)
+        row = record["row"]
+        checkpoint = store.checkpoint_path(row["dataset"], row["model"], row["seed"])
+        assert checkpoint_matches(checkpoint, cell)
+        store.predictions(cell)
+        for path in (store.record_path(cell), store.predictions_path(cell), checkpoint):
+            stamps[path] = path.stat().st_mtime_ns
+    return stamps
+
+
+def unchanged(stamps: dict[Path, int]) -> bool:
+    return stamps == {path: path.stat().st_mtime_ns for path in stamps}
+
+
+def goes_on(config: Path, results: Path, uninterrupted: dict[str, bytes], n: int | None = None) -> None:
+    """The same command again keeps what was finished (n cells) and ends with the bytes of an uninterrupted run."""
+    kept = finished(results)
+    assert n is None or len(kept) == 3 * n
+    assert run_here(config, results) == 0
+    assert unchanged(kept)
+    assert contents(results) == uninterrupted
+    assert not list((results / "running").iterdir()) and not (results / ".lock.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ the disk
+
+
+def test_a_disk_that_is_full(config, uninterrupted, tmp_path):
+    """A file system of 100 kB, which holds some of the twelve cells; then it grows."""
+    results = tmp_path / "results"
+    results.mkdir()
+
+    def scenario():
+        own_mounts()
+        mount("-t", "tmpfs", "-o", "size=100k", "tmpfs", str(results))
+        status, error = captured(tmp_path / "full", lambda: run_here(config, results))
+        assert status == 2
+        assert "No space left on device" in only_line(error) and "finished cells are safe" in error
+        assert not list(results.rglob("*.tmp")) and not list((results / "running").iterdir())
+        assert 0 < len(finished(results)) < 3 * 12
+        mount("-o", "remount,size=4m", str(results))
+        goes_on(config, results, uninterrupted)
+        logged = {entry["cell"] for entry in RunLog(Store(results)).read()}
+        assert len(set(cells_of(config)) - logged) <= 1  # the one whose line did not fit
+
+    fork_and_wait(tmp_path / "child", scenario)
+
+
+def test_a_disk_that_turns_read_only_and_one_that_is_from_the_start(config, uninterrupted, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+
+    def break_it(cell, computed, store):
+        if computed == 5:  # over itself: a file system with open files cannot be made read-only
+            mount("--bind", str(results), str(results))
+            mount("-o", "remount,bind,ro", str(results))
+
+    def scenario():
+        own_mounts()
+        mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(results))
+        status, error = captured(tmp_path / "turns", lambda: run_here(config, results, event=break_it))
+        assert status == 2 and "Read-only file system" in only_line(error) and "finished cells are safe" in error
+        kept = finished(results)
+        assert len(kept) == 3 * 5
+        before = contents(results)
+        status, error = captured(tmp_path / "is", lambda: run_here(config, results))
+        assert status == 2 and "Read-only file system" in only_line(error)
+        assert contents(results) == before
+        subprocess.run(["umount", str(results)], check=True)
+        goes_on(config, results, uninterrupted, 5)
+
+    fork_and_wait(tmp_path / "child", scenario)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_folder_of_somebody_else(uninterrupted, tmp_path):
+    """As an ordinary user, in a folder that only its owner may write."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own may not be entered by others
+        folder = Path(name)
+        folder.chmod(0o755)
+        config, results = write_config(folder), folder / "results"
+        assert run_here(config, results) == 0
+
+        def as_nobody() -> int:
+            os.setgid(65534)
+            os.setuid(65534)
+            return run_here(config, results)
+
+        status, error = captured(tmp_path / "out", as_nobody)
+        assert status == 2 and "cannot be written (Permission denied)" in only_line(error) and str(results) in error
+        assert contents(results) == uninterrupted
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "unmounted"])
+def test_a_folder_that_goes_away_is_not_made_again(how, config, uninterrupted, tmp_path):
+    results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+
+    def break_it(cell, computed, store):
+        if computed != 4:
+            return
+        if how == "deleted":
+            shutil.rmtree(results)
+        elif how == "moved":
+            results.rename(elsewhere)
+        else:
+            subprocess.run(["umount", "--lazy", str(results)], check=True)
+
+    def scenario():
+        if how == "unmounted":
+            own_mounts()
+            results.mkdir()
+            elsewhere.mkdir()
+            mount("--bind", str(elsewhere), str(results))
+        status, error = captured(tmp_path / "run", lambda: run_here(config, results, event=break_it))
+        assert status == 2 and f"{results}: the results folder is gone" in only_line(error)
+        assert "run the same command again" in error
+        assert not results.exists() or (how == "unmounted" and not list(results.iterdir()))
+        if how == "deleted":
+            return
+        if how == "moved":
+            elsewhere.rename(results)
+        else:
+            mount("--bind", str(elsewhere), str(results))
+        goes_on(config, results, uninterrupted, 4)
+
+    fork_and_wait(tmp_path / "child", scenario)
+
+
+# ------------------------------------------------------------------------------------------------- the end of a process
+
+
+def test_kill_9_at_any_moment_and_the_same_command_again(config, uninterrupted, tmp_path):
+    """Ten times, each before another operation on a file of the results folder, drawn from the first hundred."""
+    results, kept = tmp_path / "results", {}
+    for kill, operation in enumerate(np.random.default_rng(3).integers(1, 100, 10)):
+
+        def killed(last: int = operation) -> int:
+            left = itertools.count(last, -1)
+
+            def count(event, arguments):
+                is_ours = event in ("open", "os.rename", "os.remove", "os.mkdir") and str(results) in str(arguments[0])
+                if is_ours and next(left) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(count)
+            return run_here(config, results)
+
+        assert fork(tmp_path / f"run{kill}", killed).wait() == -signal.SIGKILL
+        assert unchanged(kept)
+        kept = finished(results) if results.exists() else {}
+        if len(kept) == 3 * 12:
+            break
+    assert kill > 2 and kept
+    goes_on(config, results, uninterrupted)
+
+
+@pytest.mark.parametrize("write", range(8))
+def test_killed_between_a_write_and_its_rename(write, config, uninterrupted, tmp_path, monkeypatch):
+    """A power cut as far as a process can have one. Of a run's first renames, those of the lock's, the config's, the
+    environment's file and the running mark come before the checkpoint, the predictions and the record."""
+    results = tmp_path / "results"
+    replace, calls = os.replace, iter(range(100))
+
+    def cut(source, target):
+        if next(calls) == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        assert fork_run(tmp_path / "run", config, results).wait() == -signal.SIGKILL
+    (torn,) = results.rglob("*.tmp")
+    assert store_module.TEMPORARY.fullmatch(torn.name)
+    assert len(finished(results)) == (3 if write > 6 else 0)
+    goes_on(config, results, uninterrupted)
+    assert not list(results.rglob("*.tmp"))
+
+
+def test_nothing_reads_as_done_before_all_of_it_is_on_the_disk(config, tmp_path, monkeypatch):
+    """The order of a cell's syncs and renames: each file is whole when it is synced, which is before its rename, and
+    its folder is synced after; all of that has happened to the checkpoint and the predictions before the record's."""
+    seen = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_sync(file):
+        fsync(file)
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        seen.append(("sync", path.name, path.stat().st_size if path.is_file() else None))
+
+    def record_rename(source, target):
+        seen.append(("rename", Path(target).name, Path(source).stat().st_size))
+        replace(source, target)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("the name of an open file is Linux's to tell")
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_rename)
+    results = tmp_path / "results"
+    assert run_here(config, results, "--set", "run.seeds=[0]", "models.architectures=[resnet50]") == 0
+    (cell,) = (path.stem for path in (results / "cells").iterdir())
+    order = []
+    for folder, name in (
+        ("checkpoints", "synthetic-resnet50-s0.safetensors"),
+        ("predictions", f"{cell}.npz"),
+        ("cells", f"{cell}.json"),
+    ):
+        size = (results / folder / name).stat().st_size
+        temporary = f".{name}.{os.getpid()}.tmp"
+        order += [("sync", temporary, size), ("rename", name, size), ("sync", folder, None)]
+    assert [step for step in seen if step in order and step[1] != "running"][: len(order)] == order
+    assert all(("sync", name, None) in seen for name in ("results", tmp_path.name))  # the names of the folders
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(config, uninterrupted, tmp_path):
+    results = tmp_path / "results"
+
+    def slowly(cell, computed, store):
+        time.sleep(30 if computed == 4 else 0)
+
+    child = fork_run(tmp_path / "run", config, results, event=slowly)
+    child.wait_for(lambda: len(list((results / "cells").glob("*.json"))) == 4 and list((results / "running").iterdir()))
+    assert child.kill(signal.SIGINT) == 130
+    assert child.err.strip() == "interrupted; finished cells are kept: run the same command again to go on"
+    assert (results / "baseline_results.csv").read_text().count("\n") == 1 + 4  # the table has what is finished
+    assert not list((results / "running").iterdir()) and not (results / ".lock.json").exists()
+    goes_on(config, results, uninterrupted, 4)
+
+
+# -------------------------------------------------------------------------------------------------------- damaged files
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"schema_version": 2, "row": {"phase": "baseline", "sta', b"\0" * 300]
+)
+def test_a_truncated_record_is_named_and_never_reads_as_done(content, config, uninterrupted, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert run_here(config, results) == 0
+    path = Store(results).record_path(cells_of(config)[3])
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert run_here(config, results) == 2
+    error = only_line(capsys.readouterr().err)
+    assert f"{path}: cannot be read" in error and "delete it" in error
+    path.unlink()
+    goes_on(config, results, uninterrupted, 11)
+
+
+def test_a_full_log_is_an_error_of_one_line(tmp_path):
+    """/dev/full: it opens, and has no room."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    store = Store(tmp_path / "results")
+    store.prepare("")
+    (store.root / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(store_module.StoreError, match=r"log\.jsonl: cannot be written \(No space left on device\)"):
+        RunLog(store).record({"cell": None, "phase": "baseline", "status": "done"})
+    assert errno.ENOSPC == 28 and json.loads((store.root / "environment.json").read_text())

@@ -1,0 +1,250 @@
+"""One run at a time: two runs on one folder, leftovers of dead ones, other machines, workers that outlive their run."""
+
+import dataclasses
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cheap_run import cells_of, contents, fork, fork_run, run_here, write_config
+
+import main
+import owners
+import run_lock
+from owners import Owner
+from run_lock import only_run, owner_of
+from store import Store, StoreError
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"), seeds=2)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.05)
+    monkeypatch.setattr(run_lock, "ORPHANS_PATIENCE", 0.05)
+
+
+def refused(capsys, config: Path, results: Path, *more: str) -> str:
+    """The one line of a run that is refused with exit status 2."""
+    capsys.readouterr()
+    assert run_here(config, results, *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def ask(capsys, config: Path, results: Path, *more: str) -> str:
+    capsys.readouterr()
+    assert main.main(["--config", str(config), "--results-dir", str(results), *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_second_run_is_refused_and_disturbs_nothing(config, tmp_path, capsys, hurried):
+    results, go = tmp_path / "results", tmp_path / "go"
+
+    def waits(cell, computed, store):
+        while computed == 3 and not go.exists():
+            time.sleep(0.005)
+
+    first = fork_run(tmp_path / "first", config, results, event=waits)
+    first.wait_for((results / "running" / f"{cells_of(config)[3]}.json").exists)
+    before = contents(results)
+    for more in ((), ("--fresh",), ("--retry-failed",)):
+        error = refused(capsys, config, results, *more)
+        assert f"process {first.pid} on {platform.node()} since 2" in error and "(python " in error
+    assert contents(results) == before
+    told = json.loads(ask(capsys, config, results, "--status", "--json"))
+    assert told["run"]["pid"] == first.pid
+    assert [(cell["cell"], cell["pid"]) for cell in told["running"]] == [(cells_of(config)[3], first.pid)]
+    numbers = told["phases"]["baseline"]
+    assert [numbers[key] for key in ("done", "failed", "running", "to_do")] == [3, 0, 1, 2]
+    assert "3 done, 3 to do" in ask(capsys, config, results, "--phase", "baseline", "--dry-run", "--device", "cpu")
+    assert contents(results) == before
+    go.touch()
+    assert first.wait() == 0, first.err
+    assert run_here(config, results) == 0  # now that it has ended
+
+
+def test_the_analysis_writes_and_is_refused_too(config, tmp_path, capsys, hurried):
+    with only_run(Store(tmp_path / "results")):
+        capsys.readouterr()
+        assert (
+            main.main(["--phase", "analysis", "--config", str(config), "--results-dir", str(tmp_path / "results")]) == 2
+        )
+    assert "another run is using this folder" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_blocks_nobody(config, tmp_path):
+    results = tmp_path / "results"
+    first = fork_run(tmp_path / "first", config, results, event=lambda *_: time.sleep(30))
+    first.wait_for(lambda: (results / "running").is_dir() and bool(list((results / "running").glob("*.json"))))
+    os.kill(first.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while owner_of(results).is_alive():  # a zombie, which nobody has waited for yet
+        assert time.monotonic() < deadline
+    assert owners.is_alive(first.pid) is False
+    assert run_here(config, results) == 0
+    assert first.wait() == -signal.SIGKILL
+    assert not (results / ".lock.json").exists() and not list((results / "running").iterdir())
+
+
+def test_a_worker_that_outlives_its_run_has_to_end_first(config, tmp_path, capsys, hurried):
+    results = tmp_path / "results"
+
+    def work() -> None:
+        with Store(results).mark_running(cells_of(config)[0]):
+            time.sleep(60)
+
+    def forks(cell, computed, store):
+        fork(tmp_path / "worker", work, outlives=True)
+        time.sleep(60)
+
+    first = fork_run(tmp_path / "first", config, results, event=forks)
+    mark = results / "running" / f"{cells_of(config)[0]}.json"
+    first.wait_for(lambda: mark.exists() and f'"pid": {first.pid},' not in mark.read_text())
+    worker = json.loads(mark.read_text())["pid"]
+    try:
+        assert first.kill() == -signal.SIGKILL
+        error = refused(capsys, config, results)
+        assert f"process {worker}, a worker of a run that has died, is still computing {cells_of(config)[0]}" in error
+    finally:
+        os.kill(worker, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while owners.is_alive(worker):  # it takes the kernel a moment
+        assert time.monotonic() < deadline
+    assert run_here(config, results) == 0
+
+
+def test_a_worker_that_ends_leaves_the_lock_to_its_run(tmp_path, hurried):
+    with only_run(Store(tmp_path)):
+        worker = multiprocessing.get_context("fork").Process(target=gc.collect)
+        worker.start()
+        worker.join()
+        assert is_refused(tmp_path)
+    assert not is_refused(tmp_path)
+
+
+def is_refused(root: Path) -> bool:
+    """In a program of its own, that shares nothing with this one."""
+    script = """
+import sys, run_lock
+from store import Store, StoreError
+run_lock.PATIENCE = 0.05
+try:
+    with run_lock.only_run(Store(sys.argv[1])):
+        pass
+except StoreError:
+    sys.exit(2)
+"""
+    result = subprocess.run([sys.executable, "-c", script, str(root)], cwd=Path(__file__).parent.parent)
+    assert result.returncode in (0, 2)
+    return result.returncode == 2
+
+
+def test_another_machines_run_counts_even_where_its_lock_does_not(tmp_path):
+    store = Store(tmp_path / "results")
+    store.prepare("")
+    theirs = dataclasses.replace(Owner.this_process(), host="node17", pid=4711, since="2026-01-02T03:04:05.000Z")
+    record = store.root / ".lock.json"
+    record.write_text(json.dumps(dataclasses.asdict(theirs)))
+    with pytest.raises(StoreError) as caught, only_run(store):
+        pytest.fail("both would run")
+    message = str(caught.value)
+    assert "process 4711 on node17 since 2026-01-02T03:04:05.000Z" in message and "\n" not in message
+    assert f"delete {record} and run again" in message
+    assert record.exists()
+    record.unlink()
+    with only_run(store):
+        assert owner_of(store.root) == dataclasses.replace(Owner.this_process(), since=owner_of(store.root).since)
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1}'])
+def test_a_torn_record_of_a_dead_run_blocks_nobody(content, tmp_path):
+    (tmp_path / ".lock.json").write_text(content)
+    with only_run(Store(tmp_path)):
+        assert owner_of(tmp_path).pid == os.getpid()
+
+
+def test_without_locks_in_the_file_system_the_record_decides(tmp_path, monkeypatch):
+    import filelock
+
+    def no_locks(*args, **kwargs):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    with (
+        only_run(Store(tmp_path)),
+        pytest.raises(StoreError, match=f"process {os.getpid()} on"),
+        only_run(Store(tmp_path)),
+    ):
+        pytest.fail("both would run")
+    dead = dataclasses.replace(Owner.this_process(), pid=fork(tmp_path / "o", lambda: 0).pid)
+    os.waitpid(dead.pid, 0)
+    (tmp_path / ".lock.json").write_text(json.dumps(dataclasses.asdict(dead)))
+    with only_run(Store(tmp_path)):
+        assert owner_of(tmp_path).pid == os.getpid()
+
+
+def test_a_number_that_is_used_again_is_another_process():
+    me = Owner.this_process()
+    assert me.is_alive() is True
+    if me.birth is None:
+        pytest.skip("when a process began is Linux's to tell")
+    boot, _, ticks = me.birth.partition(":")
+    assert dataclasses.replace(me, birth=f"{boot}:{int(ticks) - 1}").is_alive() is False
+    assert dataclasses.replace(me, birth=f"another-boot:{ticks}").is_alive() is False
+    assert dataclasses.replace(me, host="elsewhere").is_alive() is None
+
+
+def test_running_marks(tmp_path):
+    """There while the cell is computed and gone after, whatever happens; the dead's are removed by the next run."""
+    store = Store(tmp_path / "results")
+    store.prepare("")
+    with store.mark_running("a"):
+        ((cell, owner),) = store.marked()
+        assert (cell, owner.pid, owner.is_alive()) == ("a", os.getpid(), True)
+        with pytest.raises(ZeroDivisionError), store.mark_running("b"):
+            assert [cell for cell, _ in store.marked()] == ["a", "b"]
+            raise ZeroDivisionError
+        assert [cell for cell, _ in store.marked()] == ["a"]
+        dead = dataclasses.replace(owner, birth="another-boot:1")
+        for name, content in (("dead", dataclasses.asdict(dead)), ("afar", {**dataclasses.asdict(owner), "host": "x"})):
+            (store.root / "running" / f"{name}.json").write_text(json.dumps(content))
+        (store.root / "running" / "torn.json").write_text('{"pid"')
+        assert dict(store.marked())["torn"] is None
+        store.prepare("")
+        assert [cell for cell, _ in store.marked()] == ["a"]
+    assert store.marked() == []
+
+
+def test_a_temporary_of_a_process_that_had_this_ones_number_is_removed(tmp_path):
+    store = Store(tmp_path / "results")
+    store.prepare("")
+    leftover = store.root / "checkpoints" / f".x.safetensors.{os.getpid()}.tmp"
+    leftover.touch()
+    store.prepare("")
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "models"])
+def test_what_safetensors_leaves_when_it_is_killed_is_removed(folder, tmp_path):
+    store = Store(tmp_path / "results")
+    store.prepare("")
+    leftover, other = (store.root / folder / name for name in (".tmpxVuo3T", ".tmp-of-mine"))
+    leftover.touch()
+    other.touch()
+    store.prepare("")
+    assert (leftover.exists(), other.exists()) == (False, True)
