@@ -67,21 +67,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(config: Config, store, phases: Sequence[str], device: str, options: argparse.Namespace) -> int:
-    import importlib
-
-    from phases import cross_evaluate
-    from phases.deploy import unmatched_patterns
     from phases.plan import plan
     from runner import Report
     from tracking import Tracker
 
     planned = plan(config)
-    everything = [cell.id for cells in planned.values() for cell in cells]
     store.prepare(dump_config(config))
     if options.fresh:
         store.clear([cell.id for phase in phases for cell in planned.get(phase, [])])
     report = Report(options.quiet)
     report.tracker = Tracker(config, store.root, report.line)
+    with report.on(config, device):
+        return _run_phases(config, store, phases, device, planned, report)
+
+
+def _run_phases(config: Config, store, phases: Sequence[str], device: str, planned: dict, report) -> int:
+    import importlib
+
+    from phases import cross_evaluate
+    from phases.deploy import unmatched_patterns
+
+    everything = [cell.id for cells in planned.values() for cell in cells]
     for line in unmatched_patterns(config, [cell for cells in planned.values() for cell in cells]):
         report.line(line)
     unusable: list[str] = []
@@ -90,6 +96,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
             _refresh(config, store, planned, report)
         module = importlib.import_module(f"phases.{phase}")
         if phase == "analysis":
+            report.close()
             module.run(config, store, report.step)
             report.line((store.analysis / "groups.md").read_text(encoding="utf-8"))
             unusable = _unusable(store)
