@@ -1,4 +1,4 @@
-"""Where cells are computed: in this process, in worker processes, or on Ray.
+"""Where cells are computed: in this process, in worker processes, or on Ray (ray_executor.py).
 
 An executor is given a phase's job and its cells, and yields each cell with its outcome as it ends, in whatever order;
 `runner.run_cells` writes the records. Closing the generator stops what is running.
@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
-from pathlib import Path
 from typing import Any
 
 import cells as cell_work
@@ -41,7 +40,6 @@ THREAD_VARIABLES = (
 )  # fmt: skip
 END_SECONDS = 5.0  # that a worker which is free has for ending
 FAILED_STARTS = 20  # workers in a row that were killed before they were there
-ROOT = Path(__file__).parent
 
 
 class CellTimeout(RuntimeError):
@@ -52,13 +50,15 @@ class WorkerDied(RuntimeError):
     """A cell whose workers were killed, or ended, as often as run.retries allows."""
 
 
-def open_executor(config: Config, device: str) -> Serial | Processes | Ray:
+def open_executor(config: Config, device: str) -> Any:
     """The executor that the config names; ConfigError where it cannot be had here.
 
     `serial` computes in this process, unless something may have to be killed or thrown away: with run.cell_timeout, or
     on CUDA, where an error poisons the process, it is one worker process.
     """
     if config.run.executor == "ray":
+        from ray_executor import Ray
+
         return Ray(config, device)
     if config.run.executor == "processes" or config.run.cell_timeout is not None or device == "cuda":
         return Processes(config, device)
@@ -127,7 +127,7 @@ class Processes:
                     if ended is not None:
                         yield ended
                 for worker in self._busy():
-                    if worker.is_late():
+                    if worker.clock.is_late():
                         cell, outcome = worker.cell, self._timed_out(worker)
                         self._discard(worker)
                         yield cell, outcome
@@ -163,7 +163,7 @@ class Processes:
 
     def _ready(self) -> list[_Worker]:
         busy = self._busy()
-        deadlines = [worker.deadline for worker in busy if worker.deadline is not None]
+        deadlines = [worker.clock.deadline for worker in busy if worker.clock.deadline is not None]
         wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         waited = {handle: worker for worker in busy for handle in (worker.connection, worker.process.sentinel)}
         found = connection.wait(list(waited), wait)
@@ -180,7 +180,8 @@ class Processes:
         cell = worker.cell
         if kind == "started":
             self.failed_starts = 0
-            worker.began(self.settings.cell_timeout)
+            worker.has_started = True
+            worker.clock.begin(self.settings.cell_timeout)
             report.begin(cell.id)
         elif kind == "ended":
             worker.free()
@@ -190,14 +191,14 @@ class Processes:
         elif kind == "poisoned":  # it ends itself; this is why
             worker.reason, worker.trace = values
         else:
-            worker.add_pause(values.pop())
+            worker.clock.add_pause(values.pop())
             report.told(cell.id, kind, *values)
         return None
 
     def _lost(self, worker: _Worker, todo: list[Cell], attempts: Counter, report: Any) -> Ended | None:
         """A worker died: its cell is tried again on another one, or has failed."""
         cell, how = worker.cell, worker.how_it_ended()
-        has_started, reason, trace, start = worker.has_started, worker.reason, worker.trace, worker.start
+        has_started, reason, trace, start = worker.has_started, worker.reason, worker.trace, worker.clock.start
         name = worker_name(worker.process.pid)
         self._discard(worker)
         if not has_started:
@@ -216,7 +217,7 @@ class Processes:
 
     def _timed_out(self, worker: _Worker) -> Outcome:
         name = worker_name(worker.process.pid)
-        return lost_outcome(worker.cell, timed_out(self.settings.cell_timeout), worker.start, worker=name)
+        return lost_outcome(worker.cell, timed_out(self.settings.cell_timeout), worker.clock.start, worker=name)
 
     def _discard(self, worker: _Worker) -> None:
         worker.kill()
@@ -270,6 +271,28 @@ def gpus_of_jobs(jobs: int, gpus_per_cell: float) -> list[str | None]:
     return [gpus[job % len(gpus)] for job in range(jobs)]
 
 
+@dataclass
+class Clock:
+    """Since when a cell has been computed, and until when it may."""
+
+    start: float = field(default_factory=time.time)  # seconds since 1970
+    deadline: float | None = None
+    pause: float = 0.0  # how much of it was added to the deadline
+
+    def begin(self, timeout: float | None) -> None:
+        self.start, self.pause = time.time(), 0.0
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+
+    def add_pause(self, pause: float) -> None:
+        """The time for which it stood still is not its own."""
+        if self.deadline is not None:
+            self.deadline += pause - self.pause
+        self.pause = pause
+
+    def is_late(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
 @dataclass(eq=False)
 class _Worker:
     """A worker process, seen from the one that started it."""
@@ -278,13 +301,11 @@ class _Worker:
     visible: str | None
     process: Any = field(init=False)
     connection: connection.Connection = field(init=False)
+    clock: Clock = field(default_factory=Clock)
     job: Job | None = None
     cell: Cell | None = None
     model: str | None = None  # which it has loaded
     has_started: bool = False  # the cell
-    start: float = 0.0  # of the cell, seconds since 1970
-    deadline: float | None = None
-    pause: float = 0.0  # how much of it was added to the deadline
     reason: str | None = None  # why it ends itself
     trace: str | None = None
 
@@ -298,28 +319,15 @@ class _Worker:
         theirs.close()  # so that its death is the end of the pipe
 
     def give(self, job: Job, cell: Cell) -> None:
-        self.cell, self.model, self.has_started, self.start = cell, _model(cell), False, time.time()
+        self.cell, self.model, self.has_started, self.clock = cell, _model(cell), False, Clock()
         with contextlib.suppress(OSError):  # it died just now: its sentinel says so
             if job is not self.job:
                 self.connection.send(job)
                 self.job = job
             self.connection.send(cell)
 
-    def began(self, timeout: float | None) -> None:
-        self.has_started, self.start, self.pause = True, time.time(), 0.0
-        self.deadline = None if timeout is None else time.monotonic() + timeout
-
-    def add_pause(self, pause: float) -> None:
-        """The time for which it stood still is not its own."""
-        if self.deadline is not None:
-            self.deadline += pause - self.pause
-        self.pause = pause
-
-    def is_late(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
-
     def free(self) -> None:
-        self.cell, self.deadline = None, None
+        self.cell = None
 
     def how_it_ended(self) -> str:
         self.process.join(5)
@@ -419,11 +427,3 @@ def _end_with_parent() -> None:
     if os.name == "posix":
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
-
-
-# ------------------------------------------------------------------------------------------------------------------ ray
-
-
-class Ray:
-    def __init__(self, config: Config, device: str):
-        raise ConfigError("run.executor: ray: not yet")

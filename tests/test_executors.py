@@ -114,6 +114,23 @@ def test_two_workers_write_the_files_of_one_process(tiny, serial, capsys):
     assert "epoch 1/1" in out  # what a worker says of its cell
 
 
+@pytest.fixture(scope="module")
+def local_ray():
+    """One cluster for all tests: starting it takes seconds."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find this module
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
+
+
+def test_ray_writes_the_files_of_one_process(tiny, serial, local_ray):
+    study(tiny, tiny.parent / "ray", "run.executor=ray", "run.jobs=2")
+    ours, theirs = contents(tiny.parent / "ray"), contents(serial)
+    assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] != theirs[name]] == []
+
+
 def test_the_order_of_the_cells_does_not_matter(tiny, serial):
     results = tiny.parent / "reversed"
     study(tiny, results, "run.seeds=[1, 0]", "quantization.bit_widths=[4, 8]")
@@ -257,6 +274,11 @@ def test_a_worker_that_dies_or_is_late_costs_its_cell(tmp_path, capsys):
     rows = pd.read_csv(store.results_path("quantization")).set_index("cell")
     assert "ended with exit status 3" in rows["error"]["exits"]
     assert 4 <= log.entries["late"]["seconds"] < 60
+
+
+def test_ray_tries_again_and_stops_what_is_late(tmp_path, capsys, local_ray):
+    store, log = run_faults(tmp_path, "ray", 4)
+    assert "kept finished: its worker " in check_faults(store, log, capsys)
 
 
 def test_what_no_cell_can_help_ends_the_run_and_not_in_a_thousand_rows(tmp_path):
@@ -413,6 +435,12 @@ def test_serial_is_a_worker_where_something_may_have_to_be_killed():
     assert isinstance(open_executor(load_config(None), "cpu"), Serial)
     limited = open_executor(load_config(None, ["run.cell_timeout=60"]), "cpu")
     assert isinstance(limited, Processes) and len(limited.workers) == 1
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install -r requirements-ray\.txt"):
+        open_executor(load_config(None, ["run.executor=ray"]), "cpu")
 
 
 def test_settings_that_nothing_would_read_are_refused():
