@@ -27,8 +27,8 @@ RAY_SECONDS = 0.25  # between two looks at what cells tell
 
 
 class Ray:
-    """Without `run.address` a local cluster of `run.jobs` cells, which is ended again; where this program is connected to
-    a Ray already, that one is used and stays."""
+    """Without `run.address` a local cluster of `run.jobs` cells, which is ended again; where this program is connected
+    to a Ray already, that one is used and stays."""
 
     is_here = False
 
