@@ -1007,8 +1007,12 @@ class Evaluation(Section):
 
 class Run(Section):
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
-    executor: Literal["serial"] = "serial"
-    jobs: PositiveInt = 1
+    executor: Literal["serial", "processes", "ray"] = "serial"  # see executors.py
+    jobs: PositiveInt = 1  # cells at once: worker processes, or the size of a local Ray
+    gpus_per_cell: NonNegativeFloat = 1.0  # on CUDA; 0.5: two cells share one
+    address: str | None = None  # of a Ray cluster; None: a local one
+    cell_timeout: PositiveFloat | None = None  # seconds after which a cell is stopped and has failed
+    retries: NonNegativeInt = 1  # of a cell whose worker died
     threads_per_cell: PositiveInt = 2  # part of the result: sums in another order train another model
     evaluation_batch_size: PositiveInt = 128
 
@@ -1021,6 +1025,14 @@ class Run(Section):
     @classmethod
     def _no_twins(cls, value):
         return _distinct(value)
+
+    @pydantic.model_validator(mode="after")
+    def _something_runs_them(self):
+        if self.jobs > 1 and self.executor == "serial":
+            raise ValueError(f"jobs: {self.jobs} at once need executor: processes or ray")
+        if self.address is not None and self.executor != "ray":
+            raise ValueError("address: is that of a Ray cluster; add executor: ray")
+        return self
 
 
 class Config(Section):

@@ -89,17 +89,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(config: Config, store, phases: Sequence[str], device: str, options: argparse.Namespace) -> int:
-    import importlib
-
-    from phases import cross_evaluate
-    from phases.deploy import unmatched_patterns
     from phases.plan import plan
     from run_log import RunLog
     from runner import Report
     from tracking import Tracker
 
     planned = plan(config)
-    everything = [cell.id for cells in planned.values() for cell in cells]
     broken = {cell.id for phase in phases for cell in planned.get(phase, []) if _has_failed(cell.id, store)}
     if options.retry_failed and not broken:
         print(f"{config.results_dir}: no cell of these phases has failed")
@@ -112,16 +107,28 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     report.log = RunLog(store)
     if options.retry_failed or options.keep_failed:
         report.chosen = lambda todo: [cell for cell in todo if (cell.id in broken) == options.retry_failed]
+    if options.retry_failed:
+        phases = [phase for phase in phases if phase == "analysis" or broken & {cell.id for cell in planned[phase]}]
+    with report.on(config, device):
+        return _run_phases(config, store, phases, device, planned, report)
+
+
+def _run_phases(config: Config, store, phases: Sequence[str], device: str, planned: dict, report) -> int:
+    import importlib
+
+    from phases import cross_evaluate
+    from phases.deploy import unmatched_patterns
+
+    everything = [cell.id for cells in planned.values() for cell in cells]
     for line in unmatched_patterns(config, [cell for cells in planned.values() for cell in cells]):
         report.line(line)
     unusable: list[str] = []
     for phase in phases:
-        if options.retry_failed and phase != "analysis" and not broken & {cell.id for cell in planned[phase]}:
-            continue
         if phase != "baseline":
             _refresh(config, store, planned, report)
         module = importlib.import_module(f"phases.{phase}")
         if phase == "analysis":
+            report.close()
             _analyse(module, config, store, report)
             report.line((store.analysis / "groups.md").read_text(encoding="utf-8"))
             unusable = _unusable(store)

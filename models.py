@@ -150,7 +150,8 @@ def has_depthwise_convolution(model: nn.Module) -> bool:
 def save_checkpoint(path: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
     """Write the state dict with `description` (model, n_classes, image_size, cell …) as metadata, atomically."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    meta = {"format": CHECKPOINT_FORMAT, "description": json.dumps(description, sort_keys=True)}
+    # under one key: safetensors writes several in another order each time, and the same model is to be the same bytes
+    meta = {"checkpoint": json.dumps({"format": CHECKPOINT_FORMAT, "description": description}, sort_keys=True)}
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=meta)
@@ -167,9 +168,22 @@ def checkpoint_description(path: Path) -> dict[str, Any]:
             meta = file.metadata() or {}
     except (SafetensorError, OSError, struct.error) as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
-    if meta.get("format") != CHECKPOINT_FORMAT:
+    description = _description(meta)
+    if description is None:
         raise CheckpointError(f"{path}: not a checkpoint of this program (format {meta.get('format')!r})")
-    return json.loads(meta["description"])
+    return description
+
+
+def _description(meta: Mapping[str, str]) -> dict[str, Any] | None:
+    """What our metadata say; None for another program's."""
+    found = meta.get("checkpoint")
+    try:
+        known = json.loads(found) if found is not None else {}
+        if meta.get("format") == CHECKPOINT_FORMAT:  # as it was written before: two keys
+            known = {"format": CHECKPOINT_FORMAT, "description": json.loads(meta["description"])}
+    except ValueError:
+        return None
+    return known["description"] if isinstance(known, dict) and known.get("format") == CHECKPOINT_FORMAT else None
 
 
 def load_checkpoint(path: Path, model: nn.Module, expected: Mapping[str, Any]) -> None:
@@ -188,8 +202,7 @@ def _load_weights(model: nn.Module, name: str, path: Path) -> None:
         state = _read_safetensors(path)
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
-        is_ours = meta.get("format") == CHECKPOINT_FORMAT
-        description = json.loads(meta["description"]) if is_ours else {}
+        description = _description(meta) or {}
         if description.get("model", name) != name:
             raise CheckpointError(f"{path}: a checkpoint of {description['model']}, not of {name}")
     else:

@@ -104,18 +104,23 @@ def _lock(file: int) -> None:
 def measured() -> Iterator[dict[str, Any]]:
     """What the log says of a piece of work: the dict has start, end, seconds, peak_memory_mb and worker at its end."""
     entry: dict[str, Any] = {"start": utc(datetime.now(UTC))}
-    is_own_peak = _reset_peak()
+    is_own_peak = reset_peak_memory()
     start = time.perf_counter()
     try:
         yield entry
     finally:
         entry["end"] = utc(datetime.now(UTC))
         entry["seconds"] = round(time.perf_counter() - start, 3)
-        entry["peak_memory_mb"] = _peak_mb() if is_own_peak else None
-        entry["worker"] = f"{platform.node()}:{os.getpid()}"
+        entry["peak_memory_mb"] = peak_memory_mb() if is_own_peak else None
+        entry["worker"] = worker_name()
 
 
-def _reset_peak() -> bool:
+def worker_name(process: int | None = None) -> str:
+    """A process of this host."""
+    return f"{platform.node()}:{os.getpid() if process is None else process}"
+
+
+def reset_peak_memory() -> bool:
     """Have the kernel count this process's peak from now on; False where it cannot, and an older peak would be told."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -124,7 +129,7 @@ def _reset_peak() -> bool:
     return True
 
 
-def _peak_mb() -> float | None:
+def peak_memory_mb() -> float | None:
     """The most resident memory since the reset, in 10^6 bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

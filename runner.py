@@ -1,43 +1,35 @@
-"""Runs a phase's cells; the only place that knows where a cell runs.
+"""Runs a phase's cells on the config's executor, writes each one as it ends, and tells how far the run is.
 
-A cell that fails gets a row with its error and the sweep goes on. What no cell can help (bad data, a folder that cannot
-be written, Ctrl-C) ends the program; what was finished before is kept.
+Where a cell runs is known here and in executors.py alone: phases give a function that prepares a computation in
+whatever process, and the cells. A cell that fails gets a row with its error and the sweep goes on. What no cell can
+help (bad data, a folder that cannot be written, Ctrl-C) ends the program; what was finished before is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from config import Config, ConfigError
-from datasets import DataError
-from models import CheckpointError
+from cells import FATAL, CellReport, CellResult, Compute, Job, Outcome, Prepare, as_record, one_line
+from config import Config
+from executors import open_executor
 from phases.plan import Cell
-from run_log import RunLog, measured
-from store import Store, StoreError, seed_for
+from run_log import RunLog
+from store import Store, StoreError
 from tracking import Tracker
 
-FATAL = (StoreError, DataError, ConfigError, CheckpointError)  # what no cell can help
+__all__ = ["FATAL", "CellResult", "Compute", "Report", "one_line", "run_cells"]
+
 TABLE_SECONDS = 5.0  # the tables on disk are at most so much older than the records they are made of
-
-
-@dataclass
-class CellResult:
-    """What a cell gives: its row's columns beside the identity, its group rows, and what else is kept in its record."""
-
-    columns: dict
-    groups: list[dict]
-    extra: dict = field(default_factory=dict)
-
-
-Compute = Callable[[Cell, "Report"], CellResult]
+_runs = itertools.count()
 
 
 class Report:
@@ -47,16 +39,36 @@ class Report:
         self.tracker: Tracker | None = None  # gets each cell that ended
         self.log: RunLog | None = None  # likewise
         self.chosen: Callable[[list[Cell]], list[Cell]] | None = None  # of those to do; None: all
+        self.executor: Any = None  # kept from phase to phase, see `on`; None: each phase has its own
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self.has_details = not quiet and not self.live
         self.bar: Progress | None = None
         self.task = None
+        self.running: dict[str, float] = {}  # cell -> the share of it that is done
+        self.ended = 0
+        self.lines: set[str] = set()  # that cells told: what is wrong with the data, each worker finds out
+
+    @contextlib.contextmanager
+    def on(self, config: Config, device: str) -> Iterator[None]:
+        """Have one executor for all phases within: its workers import torch once."""
+        self.executor = open_executor(config, device)
+        try:
+            yield
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the workers, which the phases that follow have no use for."""
+        if self.executor is not None:
+            self.executor.close()
+            self.executor = None
 
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def start(self, phase: str, cells: int, done: int, todo: int) -> None:
+        self.running, self.ended, self.lines = {}, 0, set()
         kept = f", {done} of them done before" if done else ""
         kept += f", {cells - done - todo} left as they are" if todo < cells - done else ""
         self.line(f"{phase}: {cells} cell{'s' if cells != 1 else ''}{kept}")
@@ -78,9 +90,35 @@ class Report:
     def progress(self, text: str, share: float) -> None:
         """What is going on before the first cell; only a cell's own report shows it."""
 
-    def update(self, cell: str, position: int, text: str = "", share: float = 0.0) -> None:
+    def begin(self, cell: str) -> None:
+        self.update(cell)
+
+    def told(self, cell: str, kind: str, *values: Any) -> None:
+        """What a running cell says: see cells.Tell."""
+        if kind == "progress":
+            self.update(cell, *values)
+        elif kind == "line" and values[0] not in self.lines:
+            self.lines.add(values[0])
+            self.line(values[0])
+        elif kind == "detail" and self.has_details:
+            self.line(f"    {cell}: {values[0]}")
+
+    def lost(self, cell: str, why: str) -> None:
+        self.line(f"  {cell}: {why}; it is tried again")
+        self.running.pop(cell, None)
+
+    def update(self, cell: str, text: str = "", share: float = 0.0) -> None:
+        self.running[cell] = share
         if self.bar is not None:
-            self.bar.update(self.task, completed=position + share, cell=f"{cell} {text}".rstrip())
+            more = f" (and {len(self.running) - 1} more)" if len(self.running) > 1 else ""
+            done = self.ended + sum(self.running.values())
+            self.bar.update(self.task, completed=done, cell=f"{cell} {text}".rstrip() + more)
+
+    def end(self, cell: str) -> None:
+        self.running.pop(cell, None)
+        self.ended += 1
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.ended + sum(self.running.values()))
 
     def step(self, done: int, total: int, what: str) -> None:
         """A step of a phase that has no cells."""
@@ -95,13 +133,22 @@ class Report:
 def run_cells(
     phase: str,
     cells: Sequence[Cell],
-    compute: Compute,
+    prepare: Prepare,
     config: Config,
     store: Store,
     report: Report,
     is_complete: Callable[[Cell], bool] | None = None,
+    *,
+    device: str = "cpu",
+    data: Any = None,
+    keep: Callable[[Cell, BaseException, Any, Config, Store], CellResult] | None = None,
 ) -> None:
-    """Compute the cells that are not complete yet (None: not done), in order, and write each one as it ends."""
+    """Compute the cells that are not complete yet (None: not done) and write each one as it ends.
+
+    `prepare(config, store, device, data)` gives what computes a cell, a function of (cell, report); a worker calls it
+    with data None, this process with the data sets that are open. `keep(cell, error, report, config, store)` is the
+    result of a finished cell that lacked something, and whose worker was lost or timed out.
+    """
     planned = [cell.id for cell in cells]
     todo = [cell for cell in cells if not (is_complete(cell) if is_complete else store.is_done(cell.id))]
     done = len(cells) - len(todo)
@@ -109,68 +156,38 @@ def run_cells(
         todo = report.chosen(todo)
     report.start(phase, len(cells), done, len(todo))
     written = time.monotonic()
+    job = Job(prepare, config, str(store.root.absolute()), device, f"{phase}-{os.getpid()}-{next(_runs)}")
+    executor = report.executor or open_executor(config, device)
     try:
-        for position, cell in enumerate(todo):
-            report.update(cell.id, position)
-            with store.mark_running(cell.id), measured() as entry:
-                row, groups, extra, trace = _run_cell(cell, compute, config, report, position)
-                store.write_cell(row, groups, extra)
-            if report.log is not None:
-                told = {"cell": cell.id, "phase": phase, "status": row["status"], "error": row["error"]}
-                report.log.record({**told, **entry, "traceback": trace})
-            if report.tracker is not None:
-                report.tracker.log(cell, row, extra)
-            outcome = (
-                f"accuracy {100 * row['accuracy']:.1f} %" if row["status"] == "done" else f"FAILED: {row['error']}"
-            )
-            report.line(f"  [{position + 1}/{len(todo)}] {cell.id}: {outcome} ({entry['seconds']:.1f} s)")
-            if time.monotonic() - written > TABLE_SECONDS:
-                store.write_tables(phase, planned)
-                written = time.monotonic()
+        compute = prepare(config, store, device, data) if executor.is_here else None
+        with contextlib.closing(executor.run(job, compute, todo, report)) as ended:
+            for cell, outcome in ended:
+                _write(cell, outcome, config, store, report, keep)
+                report.end(cell.id)
+                seconds = outcome.log["seconds"]
+                report.line(f"  [{report.ended}/{len(todo)}] {cell.id}: {_told(outcome.row)} ({seconds:.1f} s)")
+                if time.monotonic() - written > TABLE_SECONDS:
+                    store.write_tables(phase, planned)
+                    written = time.monotonic()
     finally:
+        if executor is not report.executor:
+            executor.close()
         report.stop()
         if not isinstance(sys.exc_info()[1], StoreError):
             store.write_tables(phase, planned)
 
 
-def _run_cell(
-    cell: Cell, compute: Compute, config: Config, report: Report, position: int
-) -> tuple[dict, list[dict], dict, str | None]:
-    """(row, groups, extra, the traceback of a failure)."""
-    torch.set_num_threads(config.run.threads_per_cell)
-    torch.manual_seed(seed_for(cell.seed, cell.id, "global"))  # for what draws without a generator, such as dropout
-    view = _CellReport(report, cell.id, position)
-    try:
-        result = compute(cell, view)
-    except FATAL:
-        raise
-    except Exception as error:  # the sweep goes on; the row and the exit status say what happened
-        return {**cell.identity(), "status": "failed", "error": one_line(error)}, [], {}, traceback.format_exc()
-    identity = cell.identity()
-    groups = [{**{key: identity[key] for key in _GROUP_IDENTITY}, **group} for group in result.groups]
-    return {**identity, "status": "done", "error": None, **result.columns}, groups, result.extra, None
+def _told(row: dict) -> str:
+    return f"accuracy {100 * row['accuracy']:.1f} %" if row["status"] == "done" else f"FAILED: {row['error']}"
 
 
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-_GROUP_IDENTITY = ("cell", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits")
-
-
-class _CellReport:
-    """The part of a Report that a cell sees: `line`, `detail` and `progress(text, share done)`."""
-
-    def __init__(self, report: Report, cell: str, position: int):
-        self.report, self.cell, self.position = report, cell, position
-
-    def line(self, text: str) -> None:
-        self.report.line(text)
-
-    def detail(self, text: str) -> None:
-        """A line within a cell, where no live bar shows the same."""
-        if self.report.has_details:
-            self.report.line(f"    {self.cell}: {text}")
-
-    def progress(self, text: str, share: float) -> None:
-        self.report.update(self.cell, self.position, text, share)
+def _write(cell: Cell, outcome: Outcome, config: Config, store: Store, report: Report, keep: Any) -> None:
+    """The cell's record, and what is told of it elsewhere; a finished cell that was lost keeps its results."""
+    if outcome.lost is not None and keep is not None and store.is_done(cell.id):
+        view = CellReport(lambda kind, *values: report.told(cell.id, kind, *values))
+        outcome.row, outcome.groups, outcome.extra = as_record(cell, keep(cell, outcome.lost, view, config, store))
+    store.write_cell(outcome.row, outcome.groups, outcome.extra)
+    if report.log is not None:
+        report.log.record(outcome.log)
+    if report.tracker is not None:
+        report.tracker.log(cell, outcome.row, outcome.extra)

@@ -16,7 +16,7 @@ from models import build_model, checkpoint_matches, load_checkpoint, save_checkp
 from phases import cross_evaluate, deploy
 from phases.measure import measure
 from phases.plan import Cell, plan
-from runner import CellResult, Report, run_cells
+from runner import CellResult, Compute, Report, run_cells
 from store import Store, StoreError, seed_for
 from training import train
 
@@ -33,21 +33,21 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
     def is_complete(cell: Cell) -> bool:
         return deploy.is_complete(cell, config, store) and cross_evaluate.is_complete(cell, config, store)
 
-    context = functools.partial(compute, config=config, store=store, device=device, data=data)
     run_cells(
-        "baseline",
-        cells,
-        deploy.keeping_results(context, config, store),
-        config,
-        store,
-        report,
-        is_complete,
+        "baseline", cells, prepare, config, store, report, is_complete, device=device, data=data, keep=deploy.keep
     )
     everything = [cell.id for block in plan(config).values() for cell in block]
     write_training_log(store, everything)
     deploy.write_tables(store, everything)
     cross_evaluate.write_tables(store, everything)
     return store.read_table("baseline")
+
+
+def prepare(config: Config, store: Store, device: str, data: DatasetCache | None = None) -> Compute:
+    """What computes a cell, in this process or a worker's: see runner.run_cells."""
+    data = data or DatasetCache(config)
+    context = functools.partial(compute, config=config, store=store, device=device, data=data)
+    return deploy.keeping_results(context, config, store)
 
 
 def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: str, data: DatasetCache) -> CellResult:

@@ -2,7 +2,7 @@
 
 Which cells are exported, and which are run, is the config's choice (`deployment`), and not part of a cell's identity:
 a finished cell that a later config selects is made again from its checkpoint, deployed, and keeps its results.
-Latencies are recorded and decide nothing.
+Latencies are recorded and decide nothing; no other cell computes while one is measured (quiet.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import quiet
 from batches import MEAN, STD
 from config import Config
 from datasets import FaceDataset
@@ -172,15 +173,20 @@ def keeping_results(compute: Compute, config: Config, store: Store) -> Compute:
         except FATAL:
             raise
         except Exception as error:  # told by a row of its own and the exit status
-            if is_complete(cell, config, store):  # it lacked other things: its deployment stands
-                report.line(f"  {cell.id}: what it lacks could not be added: {one_line(error)}")
-                return kept(cell, {}, store)
-            record = store.record(cell.id)
-            rows = [_failed(engine, error) for engine in config.deployment.engines]
-            deployed = _result(rows, [], record["extra"]["simulation"], record["extra"].get("model_bytes"), config)
-            return deploy_again(cell, deployed, CellResult({}, record["groups"], {}), config, store)
+            return keep(cell, error, report, config, store)
 
     return compute_or_keep
+
+
+def keep(cell: Cell, error: Exception, report: Any, config: Config, store: Store) -> CellResult:
+    """The result of a finished cell to which nothing could be added, for this reason."""
+    if is_complete(cell, config, store):  # it lacked other things: its deployment stands
+        report.line(f"  {cell.id}: what it lacks could not be added: {one_line(error)}")
+        return kept(cell, {}, store)
+    record = store.record(cell.id)
+    rows = [_failed(engine, error) for engine in config.deployment.engines]
+    deployed = _result(rows, [], record["extra"]["simulation"], record["extra"].get("model_bytes"), config)
+    return deploy_again(cell, deployed, CellResult({}, record["groups"], {}), config, store)
 
 
 def write_tables(store: Store, planned: list[str]) -> None:
@@ -289,18 +295,19 @@ def _simulation_costs(
 
 
 def _latencies(measure, example: torch.Tensor, config: Config) -> dict[str, float]:
-    """`measure(x_NCHW, repeats) -> Latency` on one image and on a batch."""
+    """`measure(x_NCHW, repeats) -> Latency` on one image and on a batch, while no other cell computes."""
     if not config.deployment.latency:
         return {}
     generator = torch.Generator().manual_seed(0)
     repeats = config.deployment.latency_repeats
-    one, many = (
-        measure(
-            torch.randn(batch, *example.shape[1:], generator=generator).numpy(),
-            repeats * (SINGLES if batch == 1 else 1),
+    with quiet.alone():
+        one, many = (
+            measure(
+                torch.randn(batch, *example.shape[1:], generator=generator).numpy(),
+                repeats * (SINGLES if batch == 1 else 1),
+            )
+            for batch in BATCHES
         )
-        for batch in BATCHES
-    )
     return {
         "latency_ms_b1": one.median_ms,
         "latency_p95_ms_b1": one.p95_ms,

@@ -30,7 +30,7 @@ from phases.plan import Cell, plan
 from quantization import apply_quantization
 from quantizers.numerics import QuantizationWarning
 from quantizers.sensitivity import Sensitivity
-from runner import CellResult, Report, run_cells
+from runner import CellResult, Compute, Report, run_cells
 from store import MissingArtifactError, Store, StoreError, seed_for
 
 
@@ -45,10 +45,9 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     todo = [cell for cell in cells if not is_complete(cell)]
     needed = {cell.baseline_cell for cell in (report.chosen(todo) if report.chosen else todo)}
     _check_baselines([cell for cell in planned["baseline"] if cell.id in needed], store)
-    inputs = Inputs(config, store, device)
-    cross_evaluate.check_data(cells, config, store, inputs.datasets, report)
-    context = deploy.keeping_results(functools.partial(compute, inputs=inputs), config, store)
-    run_cells(phase, cells, context, config, store, report, is_complete)
+    data = DatasetCache(config)
+    cross_evaluate.check_data(cells, config, store, data, report)
+    run_cells(phase, cells, prepare, config, store, report, is_complete, device=device, data=data, keep=deploy.keep)
     everything = [cell.id for block in planned.values() for cell in block]
     write_training_log(store, everything)
     deploy.write_tables(store, everything)
@@ -60,6 +59,12 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
 
 # tables of a repair that its cell's record has
 REPORTS = ("group_drift", "sensitive_layers", "sensitive_layers_groups", "sensitive_channels", "output_calibration")
+
+
+def prepare(config: Config, store: Store, device: str, data: DatasetCache | None = None) -> Compute:
+    """What computes a cell, in this process or a worker's: see runner.run_cells."""
+    inputs = Inputs(config, store, device, data or DatasetCache(config))
+    return deploy.keeping_results(functools.partial(compute, inputs=inputs), config, store)
 
 
 def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
@@ -213,9 +218,9 @@ def _sees_groups_as_they_come(cell: Cell) -> bool:
 class Inputs:
     """Checkpoints and data sets, each opened once; cells of one model follow one another."""
 
-    def __init__(self, config: Config, store: Store, device: str):
+    def __init__(self, config: Config, store: Store, device: str, datasets: DatasetCache):
         self.config, self.store, self.device = config, store, device
-        self.datasets = DatasetCache(config)
+        self.datasets = datasets
         self.loaded: tuple[str, nn.Module] | None = None
         self.measured: tuple[tuple, Sensitivity] | None = None
 

@@ -1,5 +1,6 @@
 """The networks and their checkpoints: published sizes, any image size, and nothing half loaded."""
 
+import json
 import pickle
 import sys
 import urllib.error
@@ -14,6 +15,7 @@ from torch import nn
 import models
 from config import MODELS, ConfigError
 from models import (
+    CHECKPOINT_FORMAT,
     CheckpointError,
     build_model,
     check_architecture,
@@ -218,6 +220,16 @@ def test_a_checkpoint_survives_with_its_description(checkpoint):
     assert same(state(model), state(build_model(SMALL, 2, 32, seed=1)))
     assert checkpoint_description(checkpoint) == DESCRIPTION
     assert [path.name for path in checkpoint.parent.iterdir()] == ["one.safetensors"]
+
+
+def test_the_same_model_is_the_same_bytes_and_the_older_metadata_are_read(checkpoint):
+    whole, model = checkpoint.read_bytes(), build_model(SMALL, 2, 32, seed=1)
+    for _ in range(8):  # several metadata keys would be in either order by chance
+        save_checkpoint(checkpoint, model, DESCRIPTION)
+        assert checkpoint.read_bytes() == whole
+    older = {"format": CHECKPOINT_FORMAT, "description": json.dumps(DESCRIPTION)}
+    save_file(model.state_dict(), checkpoint, metadata=older)
+    assert checkpoint_description(checkpoint) == DESCRIPTION
 
 
 def test_the_state_of_batch_norm_is_kept(tmp_path):

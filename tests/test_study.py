@@ -262,7 +262,7 @@ def test_the_checkpoint_gives_the_saved_predictions(finished):
     cell = plan(load_config(config))["baseline"][0]
     path = results / "checkpoints" / "synthetic-test_resnet-s0.safetensors"
     with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()["description"])["cell"] == cell.id
+        assert json.loads(file.metadata()["checkpoint"])["description"]["cell"] == cell.id
     from datasets import BatchLoader, load_dataset
     from evaluation import predict
     from models import load_checkpoint

@@ -1,0 +1,363 @@
+"""Many cells at once: how much faster, whether the results are the same, and what kill -9 and 2,000 cells do.
+
+    python benchmarks/scale.py            the default run: one process, two threads, two workers, two of a local Ray
+    python benchmarks/scale.py --kill     30 random kill -9 of workers and of the program, on workers and on Ray
+    python benchmarks/scale.py --soak     2,000 cells: memory and open files of the program and its workers
+    --config FILE --set KEY=VALUE ...     another study than configs/config.yaml, for the first
+    --executors NAME ... --kills N --cells N    less than all of it
+
+Everything is run from the command line as a user does. Exit status 1 where results differ, a finished file was touched,
+or memory or open files grow. Reads /proc: Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from store import TIMING_COLUMNS  # noqa: E402
+
+WAYS = {  # of the default run
+    "1 process x 1 thread": ("run.threads_per_cell=1",),
+    "1 process x 2 threads": ("run.threads_per_cell=2",),
+    "2 workers x 1 thread": ("run.threads_per_cell=1", "run.executor=processes", "run.jobs=2"),
+    "Ray, 2 cells x 1 thread": ("run.threads_per_cell=1", "run.executor=ray", "run.jobs=2"),
+}
+REFERENCE = "1 process x 1 thread"
+TINY = {
+    "data": {
+        "dataset": "synthetic",
+        "min_group_size": 2,
+        "synthetic": {"train_images": 64, "validation_images": 16, "test_images": 64, "target": "smile"},
+    },
+    "models": {"architectures": ["squeezenet1_1"]},
+    "training": {"epochs": 1},
+    "mitigation": {"strategies": []},
+    "analysis": {"bootstrap_replicates": 100},
+    "deployment": {"cells": [], "export": [], "latency": False},
+}
+WIDTHS = [f"W{weights}A{activations}" for weights in range(2, 9) for activations in range(2, 9)]
+OBSERVERS = ["minmax", "percentile", "mse", "entropy", "moving_average"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--soak", action="store_true")
+    parser.add_argument("--config", default=ROOT / "configs" / "config.yaml")
+    parser.add_argument("--set", nargs="+", action="extend", default=[])
+    parser.add_argument("--executors", nargs="+", default=["processes", "ray"], choices=["processes", "ray"])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--cells", type=int, help="of --kill (60) and --soak (2000)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        if options.kill:
+            return kill(Path(folder), options)
+        if options.soak:
+            return soak(Path(folder), options)
+        return speed(Path(folder), options)
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+class Run:
+    """main.py in a process of its own, and everything that it has started, which is known by its environment."""
+
+    def __init__(self, config: Path, results: Path, settings: tuple[str, ...], phase: str = "all"):
+        self.mark = f"BNQ_SCALE_{uuid.uuid4().hex}"
+        command = [sys.executable, "main.py", "--phase", phase, "--config", str(config), "--results-dir", str(results),
+                   "--device", "cpu", "--quiet", "--set", *settings]  # fmt: skip
+        results.mkdir(parents=True, exist_ok=True)
+        self.output = results.parent / f"{results.name}.log"
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, self.mark: "1"}
+            )
+
+    def everything(self) -> list[int]:
+        found = []
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # somebody else's, or gone
+                if folder.name.isdigit() and self.mark.encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+        return found
+
+    def workers(self) -> list[int]:
+        """The processes that compute cells."""
+        found = []
+        for pid in self.everything():
+            with contextlib.suppress(OSError):
+                line = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"spawn_main" in line or line.startswith(b"ray::_ray_cell"):
+                    found.append(pid)
+        return found
+
+    def end(self) -> int:
+        """Its exit status; what outlived it by more than 30 seconds is an error."""
+        status = self.process.wait()
+        until = time.monotonic() + 30
+        while left := self.everything():
+            if time.monotonic() > until:
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                raise SystemExit(f"{len(left)} processes outlived the program")
+            time.sleep(0.2)
+        return status
+
+
+def contents(results: Path) -> dict[str, str]:
+    """Digests of every table, prediction and checkpoint, without what is measured in seconds."""
+    found = {}
+    for path in sorted([*results.glob("*.csv"), *(results / "predictions").iterdir(), *results.glob("checkpoints/*")]):
+        data = path.read_bytes()
+        if path.suffix == ".csv":
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            timed = [column for column in table if column in (*TIMING_COLUMNS, "seconds")]
+            data = table.drop(columns=timed).to_csv(index=False).encode()
+        found[str(path.relative_to(results))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def compared(results: Path, reference: Path) -> tuple[bool, str]:
+    ours, theirs = contents(results), contents(reference)
+    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    text = f"{len(theirs)} files of results the same" if not differing else f"DIFFERENT: {', '.join(differing[:5])}"
+    return not differing, text
+
+
+def write_config(folder: Path, **sections) -> Path:
+    config = json.loads(json.dumps(TINY))
+    config["data"]["cache"] = str(folder / "cache")
+    for section, keys in sections.items():
+        config.setdefault(section, {}).update(keys)
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------ the default run
+
+
+def speed(folder: Path, options: argparse.Namespace) -> int:
+    """Wall times to the last cell (the analysis, which follows, is the same for all), and of the whole run."""
+    shared = (*options.set, f"data.cache={folder / 'cache'}")
+    ways = {name: (*settings, *shared) for name, settings in WAYS.items()}
+    if "ray" not in options.executors:
+        ways = {name: settings for name, settings in ways.items() if "run.executor=ray" not in settings}
+    # faces are drawn once, before the clock runs
+    if Run(
+        options.config, folder / "warm", (*ways[REFERENCE], "training.epochs=1", "deployment.cells=[]"), "baseline"
+    ).end():
+        raise SystemExit((folder / "warm.log").read_text()[-2000:])
+    seconds, is_good = {}, True
+    for place, (name, settings) in enumerate(ways.items()):
+        results = folder / f"way{place}"
+        began, start = time.time(), time.monotonic()
+        status = Run(options.config, results, settings).end()
+        whole = time.monotonic() - start
+        ended = [path.stat().st_mtime for path in (results / "cells").glob("*.json")]
+        if status != 0 or not ended:
+            raise SystemExit((folder / f"way{place}.log").read_text()[-2000:])
+        seconds[name] = max(ended) - began
+        text = "other results: another number of threads"
+        if "run.threads_per_cell=1" in settings:
+            is_same, text = compared(results, folder / "way0")
+            is_good &= is_same
+        print(
+            f"{name:24} {len(ended)} cells in {seconds[name]:6.0f} s, {seconds[REFERENCE] / seconds[name]:.2f} x; "
+            f"with the analysis {whole:.0f} s; {text}",
+            flush=True,
+        )
+    two_threads = seconds["1 process x 2 threads"]
+    for name in seconds:
+        if name.startswith(("2 workers", "Ray")):
+            print(f"{name}: {two_threads / seconds[name]:.2f} x of 1 process x 2 threads")
+    return 0 if is_good else 1
+
+
+# ------------------------------------------------------------------------------------------------------------- kill -9
+
+
+def kill(folder: Path, options: argparse.Namespace) -> int:
+    """Each run is killed 30 times, once as many cells are there as a 31st part each; then it is left to finish."""
+    wanted = options.cells or 60
+    seeds = list(range(-(-wanted // 6)))
+    config = write_config(
+        folder,
+        quantization={
+            "methods": ["ptq_static"],
+            "bit_widths": [8, 6, 4, 3, 2],
+            "ptq_static": {"calibration_samples": 16},
+        },
+        run={"seeds": seeds, "threads_per_cell": 1},
+    )
+    if Run(config, folder / "serial", ("run.executor=serial",)).end() != 0:
+        raise SystemExit((folder / "serial.log").read_text()[-2000:])
+    total = len(list((folder / "serial" / "cells").glob("*.json")))
+    print(f"{total} cells in one process, not interrupted", flush=True)
+    is_good = True
+    for executor in options.executors:
+        is_good &= killed(folder, config, executor, total, options)
+    return 0 if is_good else 1
+
+
+def killed(folder: Path, config: Path, executor: str, total: int, options: argparse.Namespace) -> bool:
+    rng = random.Random(options.seed)
+    results, settings = folder / executor, (f"run.executor={executor}", "run.jobs=2")
+    victims = {"worker": 0, "program": 0}
+    finished: dict[Path, tuple[int, str]] = {}
+    touched: set[Path] = set()
+    start = time.monotonic()
+    run, starts = Run(config, results, settings), 1
+    statuses = []
+    for number in range(options.kills):
+        until_cells = number * total // (options.kills + 1)
+        while len(list((results / "cells").glob("*.json"))) <= until_cells and run.process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 1.5))
+        if run.process.poll() is not None:  # it ended, with cells that failed as they were killed twice
+            statuses.append(run.end())
+            run, starts = Run(config, results, settings), starts + 1
+        while not run.workers() and run.process.poll() is None:
+            time.sleep(0.05)
+        touched |= look(results, finished)
+        victim = "program" if rng.random() < 1 / 3 else "worker"
+        workers = run.workers()
+        pid = run.process.pid if victim == "program" or not workers else rng.choice(workers)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        victims["program" if pid == run.process.pid else "worker"] += 1
+        if pid == run.process.pid:
+            run.end()
+            run, starts = Run(config, results, settings), starts + 1
+    while (status := run.end()) == 1 and starts < options.kills + 10:  # cells that failed are computed again
+        touched |= look(results, finished)
+        run, starts = Run(config, results, settings), starts + 1
+    touched |= look(results, finished)
+    is_same, text = compared(results, folder / "serial")
+    left = len(list(results.rglob(".*.tmp")))
+    print(
+        f"{executor}: {victims['worker']} workers and {victims['program']} programs killed, {starts} starts, "
+        f"{time.monotonic() - start:.0f} s; {text}; {len(touched)} of {len(finished)} finished files touched; "
+        f"{left} temporary files left; exit status {status}",
+        flush=True,
+    )
+    return is_same and not touched and not left and status == 0
+
+
+def look(results: Path, finished: dict[Path, tuple[int, str]]) -> set[Path]:
+    """Note the files of cells that are done; those that have changed since they were noted."""
+    touched = set()
+    for record in (results / "cells").glob("*.json"):
+        row = json.loads(record.read_text())["row"]
+        if row["status"] != "done":
+            continue
+        files = [record, results / "predictions" / f"{record.stem}.npz"]
+        if row["baseline_cell"] is None:
+            name = f"{row['dataset']}-{row['model']}-s{row['seed']}.safetensors"
+            files.append(results / "checkpoints" / name)
+        for path in files:
+            state = (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+            if finished.setdefault(path, state) != state:
+                touched.add(path)
+    return touched
+
+
+# ----------------------------------------------------------------------------------------------------------------- soak
+
+
+def soak(folder: Path, options: argparse.Namespace) -> int:
+    wanted = options.cells or 2000
+    seeds = list(range(-(-wanted // (len(WIDTHS) * len(OBSERVERS) + 1))))
+    config = write_config(
+        folder,
+        quantization={
+            "methods": ["ptq_static"],
+            "bit_widths": WIDTHS,
+            "ptq_static": {"calibration_samples": 16, "observer": OBSERVERS},
+        },
+        run={"seeds": seeds, "threads_per_cell": 1, "executor": "processes"},
+    )
+    is_good = True
+    for executor in options.executors:
+        is_good &= soaked(folder, config, executor, wanted)
+    return 0 if is_good else 1
+
+
+def soaked(folder: Path, config: Path, executor: str, wanted: int) -> bool:
+    results = folder / executor
+    run = Run(config, results, (f"run.executor={executor}", "run.jobs=2"))
+    samples: list[dict] = []
+    start = time.monotonic()
+    print(f"{executor}:\n{'cells':>6} {'s':>6}   resident MB (open files) of the program; of its workers", flush=True)
+    while run.process.poll() is None:
+        done = len(list((results / "cells").glob("*.json")))
+        if done >= wanted:
+            run.process.send_signal(signal.SIGINT)
+            break
+        if not samples or done >= samples[-1]["cells"] + wanted / 20:
+            workers = [usage(pid) for pid in run.workers()]
+            program = usage(run.process.pid)
+            if program and workers and all(workers):
+                samples.append({"cells": done, "program": program, "workers": workers})
+                told = ", ".join(f"{memory:.0f} ({files})" for memory, files in workers)
+                print(
+                    f"{done:6d} {time.monotonic() - start:6.0f}   {program[0]:.0f} ({program[1]}); {told}", flush=True
+                )
+        time.sleep(0.5)
+    run.end()
+    if len(samples) < 8:
+        print((folder / f"{executor}.log").read_text()[-2000:])
+        raise SystemExit("too few samples: it ended early")
+    return is_flat(samples)
+
+
+def usage(pid: int) -> tuple[float, int] | None:
+    """(resident MB, open files) of a process."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return None
+
+
+def is_flat(samples: list[dict]) -> bool:
+    """Whether the last quarter uses no more than the second one: 10 % of memory, two open files."""
+    quarter = len(samples) // 4
+    is_good = True
+    for name in ("program", "workers"):
+        parts = []
+        for part in (samples[quarter : 2 * quarter], samples[-quarter:]):
+            values = [value for sample in part for value in ([sample[name]] if name == "program" else sample[name])]
+            parts.append((statistics.median(memory for memory, _ in values), max(files for _, files in values)))
+        (before, files_before), (after, files_after) = parts
+        good = after <= 1.1 * before and files_after <= files_before + 2
+        is_good &= good
+        print(
+            f"{name}: {before:.0f} MB in the second quarter, {after:.0f} MB in the last; "
+            f"at most {files_before} and {files_after} open files: {'flat' if good else 'GROWS'}"
+        )
+    return is_good
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""A cell's work, wherever it is done: what is sent to a worker, what comes back, and what is measured of it there.
+
+A cell is a function of (config, cell, artifacts in the results folder): a worker opens the folder and the data itself
+(decoded images are memory-mapped, so that all workers of a machine share one copy), writes predictions and checkpoints,
+and gives back the row; the program that it works for writes the record, which marks the cell as ended.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import threadpoolctl
+import torch
+
+from config import Config, ConfigError
+from datasets import DataError
+from models import CheckpointError
+from phases.plan import Cell
+from run_log import peak_memory_mb, reset_peak_memory, worker_name
+from store import Store, StoreError, seed_for
+
+FATAL = (StoreError, DataError, ConfigError, CheckpointError)  # what no cell can help
+MEMORY_HINT = (
+    "too little memory for this cell: lower run.jobs, training.batch_size or run.evaluation_batch_size, or free "
+    "memory, and run the same command again"
+)
+PROGRESS_SECONDS = 0.1  # between two messages of how far a cell is
+
+
+@dataclass
+class CellResult:
+    """What a cell gives: its row's columns beside the identity, its group rows, and what else is kept in its record."""
+
+    columns: dict
+    groups: list[dict]
+    extra: dict = field(default_factory=dict)
+
+
+Compute = Callable[[Cell, Any], CellResult]  # (cell, what it tells: CellReport)
+Prepare = Callable[[Config, Store, str, Any], Compute]  # (config, store, device, opened data sets or None)
+Tell = Callable[..., None]  # ("line" | "detail", text) or ("progress", text, share)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all cells of a phase have in common. `prepare` is a function of a module: it is sent by its name."""
+
+    prepare: Prepare
+    config: Config
+    results_dir: str
+    device: str
+    token: str  # another one for each phase of each run
+    folder: str = field(default_factory=os.getcwd)  # which relative paths of the config are of
+
+
+@dataclass
+class Outcome:
+    """What became of a cell: its record, and what the log says of it."""
+
+    row: dict
+    groups: list[dict]
+    extra: dict
+    log: dict  # cell, status, start, end (seconds since 1970), seconds, peak_memory_mb, worker, error, traceback
+    lost: Exception | None = None  # its worker was, with what it had computed
+
+
+class PoisonedError(RuntimeError):
+    """A CUDA error after which this process can compute nothing any more; `trace` is the traceback."""
+
+    def __init__(self, message: str, trace: str):
+        super().__init__(message)
+        self.trace = trace
+
+
+class CellReport:
+    """The part of a Report that a cell sees: `line`, `detail` and `progress(text, share done)`."""
+
+    def __init__(self, tell: Tell):
+        self.tell = tell
+        self.told = float("-inf")
+
+    def line(self, text: str) -> None:
+        self.tell("line", text)
+
+    def detail(self, text: str) -> None:
+        """A line within a cell, where no live bar shows the same."""
+        self.tell("detail", text)
+
+    def progress(self, text: str, share: float) -> None:
+        now = time.monotonic()
+        if now - self.told >= PROGRESS_SECONDS:
+            self.told = now
+            self.tell("progress", text, share)
+
+
+def compute_cell(cell: Cell, compute: Compute, job: Job, tell: Tell) -> Outcome:
+    """The cell's outcome, also where it fails; raises what is FATAL, and PoisonedError. Meanwhile a mark in the results
+    folder says who computes it."""
+    with Store(job.results_dir).mark_running(cell.id):
+        return _compute(cell, compute, job.config, tell)
+
+
+def _compute(cell: Cell, compute: Compute, config: Config, tell: Tell) -> Outcome:
+    threads = config.run.threads_per_cell
+    start, clock = time.time(), time.perf_counter()
+    is_own_peak = reset_peak_memory()
+    row, groups, extra = {**cell.identity(), "status": "failed", "error": None}, [], {}
+    trace = None
+    with threadpoolctl.threadpool_limits(threads):  # numpy's too, as OMP_NUM_THREADS has it in a worker
+        torch.set_num_threads(threads)
+        torch.manual_seed(seed_for(cell.seed, cell.id, "global"))  # for what draws without a generator, such as dropout
+        try:
+            result = compute(cell, CellReport(tell))
+        except FATAL:
+            raise
+        except Exception as error:  # the sweep goes on; the row and the exit status say what happened
+            trace = "".join(traceback.format_exception(error))
+            if is_poisoned(error):
+                raise PoisonedError(one_line(error), trace) from None
+            row["error"] = one_line(error)
+            if is_out_of_memory(error):
+                row["error"] += f" ({MEMORY_HINT})"
+        else:
+            row, groups, extra = as_record(cell, result)
+    if trace is not None:
+        _free_memory()
+    seconds = time.perf_counter() - clock
+    peak = peak_memory_mb() if is_own_peak else None
+    log = log_entry(cell, row, start, seconds, peak_memory_mb=peak, worker=worker_name(), trace=trace)
+    return Outcome(row, groups, extra, log)
+
+
+def as_record(cell: Cell, result: CellResult) -> tuple[dict, list[dict], dict]:
+    """(row, group rows, what else is kept) of a cell that is done."""
+    identity = cell.identity()
+    groups = [{**{key: identity[key] for key in _GROUP_IDENTITY}, **group} for group in result.groups]
+    return {**identity, "status": "done", "error": None, **result.columns}, groups, result.extra
+
+
+def log_entry(
+    cell: Cell, row: dict, start: float, seconds: float, *, peak_memory_mb: float | None, worker: str, trace: str | None
+) -> dict:
+    return {
+        "cell": cell.id,
+        "status": row["status"],
+        "start": start,
+        "end": start + seconds,
+        "seconds": seconds,
+        "peak_memory_mb": peak_memory_mb,
+        "worker": worker,
+        "error": row["error"],
+        "traceback": trace,
+    }
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def is_poisoned(error: BaseException) -> bool:
+    """Whether it is an error of the CUDA context, such as a device-side assert, after which every call fails."""
+    is_cuda = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+    return is_cuda and not is_out_of_memory(error)
+
+
+# ----------------------------------------------------------------------------------------------------------- in workers
+
+
+def prepared(job: Job) -> Compute:
+    """The phase's computation in this process; data sets and checkpoints stay open from cell to cell."""
+    global _prepared
+    if _prepared is None or _prepared[0] != job.token:
+        _prepared = None  # what the phase before held
+        os.chdir(job.folder)
+        _prepared = (job.token, job.prepare(job.config, Store(job.results_dir), job.device, None))
+    return _prepared[1]
+
+
+_prepared: tuple[str, Compute] | None = None
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+_GROUP_IDENTITY = ("cell", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits")

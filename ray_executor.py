@@ -1,0 +1,203 @@
+"""Cells as tasks of Ray, which places them on the nodes and GPUs of a cluster, and starts workers anew.
+
+The project's folder, data and results must have the same paths on all nodes (a shared file system): workers import the
+project from there, by PYTHONPATH, and work in the folder that the program was started in. What cells tell on their way
+comes back through an actor. A cell of a lost worker or node is submitted again here, not by Ray's max_retries: nobody
+is told of those, and the clock of run.cell_timeout would run on while the cell waits for another place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cells as cell_work
+import quiet
+from cells import FATAL, Compute, Job, Outcome, PoisonedError, one_line
+from config import Config, ConfigError
+from executors import THREAD_VARIABLES, Clock, Ended, died, lost_outcome, timed_out
+from phases.plan import Cell
+from run_log import worker_name
+
+ROOT = Path(__file__).parent
+RAY_SECONDS = 0.25  # between two looks at what cells tell
+
+
+class Ray:
+    """Without `run.address` a local cluster of `run.jobs` cells, which is ended again; where this program is connected
+    to a Ray already, that one is used and stays."""
+
+    is_here = False
+
+    def __init__(self, config: Config, device: str):
+        if importlib.util.find_spec("ray") is None:
+            raise ConfigError("run.executor: ray is not installed; pip install -r requirements-ray.txt")
+        self.settings = config.run
+        self.gpus = config.run.gpus_per_cell if device == "cuda" else 0.0
+        paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        variables = dict.fromkeys(THREAD_VARIABLES, str(config.run.threads_per_cell))
+        self.environment = {"env_vars": variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
+        self.events: Any = None  # the actor; None: not connected yet
+        self.is_mine = False  # the connection
+
+    def run(self, job: Job, compute: Compute | None, cells: Sequence[Cell], report: Any) -> Iterator[Ended]:
+        if not cells:
+            return
+        import ray
+
+        self._connect()
+        task = ray.remote(_ray_cell).options(
+            num_cpus=self.settings.threads_per_cell,
+            num_gpus=self.gpus,
+            max_retries=0,
+            **({} if self.is_mine else {"runtime_env": self.environment}),
+        )
+        shared = ray.put(job)
+        running = {task.remote(shared, cell, self.events): _RayCell(cell) for cell in cells}
+        by_id = {of.cell.id: of for of in running.values()}
+        try:
+            while running:
+                ended, _ = ray.wait(list(running), timeout=RAY_SECONDS)
+                self._drain(by_id, report)
+                for ref in ended:
+                    of = running.pop(ref)
+                    outcome = self._outcome(ref, of)
+                    if outcome is None:
+                        report.lost(of.cell.id, of.why_lost())
+                        of.clock = Clock()
+                        running[task.remote(shared, of.cell, self.events)] = of
+                    else:
+                        del by_id[of.cell.id]  # what it still tells is late
+                        yield of.cell, outcome
+                for ref, of in running.items():
+                    if of.clock.is_late() and not of.is_late:
+                        of.is_late = True
+                        ray.cancel(ref, force=True)
+        finally:
+            for ref in running:
+                ray.cancel(ref, force=True)
+
+    def close(self) -> None:
+        if self.events is None:
+            return
+        import ray
+
+        if self.is_mine:
+            ray.shutdown()
+        else:
+            ray.kill(self.events)
+        self.events = None
+
+    def _connect(self) -> None:
+        if self.events is not None:
+            return
+        import ray
+
+        self.is_mine = not ray.is_initialized()
+        if self.is_mine:
+            options: dict[str, Any] = {"address": self.settings.address}
+            if self.settings.address is None:
+                cpus = self.settings.jobs * self.settings.threads_per_cell
+                options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+            try:
+                ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env=self.environment)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError(f"run.address: Ray cannot be reached or started: {one_line(error)}") from None
+        self.events = ray.remote(_Events).options(num_cpus=0).remote()
+
+    def _drain(self, by_id: dict[str, _RayCell], report: Any) -> None:
+        """Pass on what cells have told."""
+        import ray
+
+        for cell, kind, *values in ray.get(self.events.drain.remote()):
+            of = by_id.get(cell)
+            if of is None:  # it has ended
+                continue
+            if kind == "started":
+                (of.worker,) = values
+                of.reason = of.trace = None
+                of.clock.begin(self.settings.cell_timeout)
+                report.begin(cell)
+            elif kind == "poisoned":
+                of.reason, of.trace = values
+            else:
+                of.clock.add_pause(values.pop())
+                report.told(cell, kind, *values)
+
+    def _outcome(self, ref: Any, of: _RayCell) -> Outcome | None:
+        """What became of a task; None: it was lost, and is to be tried again."""
+        import ray
+
+        try:
+            result = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:  # of our own code, or of what it cannot import
+            raise ConfigError(f"run.executor: ray: {one_line(error.cause or error)[:500]}") from None
+        except ray.exceptions.RayError as error:
+            of.attempts += 1
+            of.how = type(error).__name__
+            if of.is_late:
+                why: Exception = timed_out(self.settings.cell_timeout)
+            elif of.attempts <= self.settings.retries:
+                return None
+            else:
+                why = died(of.why_lost(), of.attempts)
+            return lost_outcome(of.cell, why, of.clock.start, worker=of.worker, trace=of.trace)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+@dataclass(eq=False)
+class _RayCell:
+    """A cell that was submitted."""
+
+    cell: Cell
+    clock: Clock = field(default_factory=Clock)
+    worker: str = "not started"
+    attempts: int = 0  # that were lost
+    how: str = ""  # what Ray calls it
+    is_late: bool = False
+    reason: str | None = None  # why its worker ended itself
+    trace: str | None = None
+
+    def why_lost(self) -> str:
+        return self.reason or f"its worker {self.worker} died ({self.how})"
+
+
+class _Events:
+    """What cells tell, in a process of its own, until it is asked for."""
+
+    def __init__(self):
+        self.held: list[tuple] = []
+
+    def put(self, event: tuple) -> None:
+        self.held.append(event)
+
+    def drain(self) -> list[tuple]:
+        held, self.held = self.held, []
+        return held
+
+
+def _ray_cell(job: Job, cell: Cell, events: Any) -> Outcome | Exception:
+    """A task: the outcome, or what ends the program."""
+    import ray
+
+    def send(*event: Any) -> Any:
+        return events.put.remote((cell.id, *event))
+
+    def tell(kind: str, *values: Any) -> None:
+        send(kind, *values, quiet.paused_seconds())
+
+    ray.get(send("started", worker_name()))
+    try:
+        with quiet.computing():
+            return cell_work.compute_cell(cell, cell_work.prepared(job), job, tell)
+    except FATAL as error:
+        return error
+    except PoisonedError as error:
+        ray.get(send("poisoned", f"{error} (its worker was thrown away)", error.trace))
+        os._exit(1)

@@ -1,0 +1,470 @@
+"""Cells on one process, on workers and on Ray: the same files, and what becomes of a worker that is killed or late.
+
+The computations that fail on purpose are functions of this module, which the workers import.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import main
+from cells import CellResult, is_out_of_memory, is_poisoned, peak_memory_mb, reset_peak_memory
+from config import ConfigError, load_config
+from executors import Processes, Serial, chosen, gpus_of_jobs, open_executor
+from phases.plan import Cell
+from runner import Report, run_cells
+from store import TIMING_COLUMNS, Store, StoreError
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "data": {
+        "dataset": "synthetic",
+        "min_group_size": 5,
+        "synthetic": {
+            "target": "smile",
+            "sensitive": ["gender", "skin"],
+            "train_images": 96,
+            "validation_images": 32,
+            "test_images": 64,
+        },
+    },
+    "models": {"architectures": ["squeezenet1_1"]},
+    "training": {"epochs": 1},
+    "quantization": {
+        "bit_widths": [8, 4],
+        "methods": ["ptq_static", {"method": "qat", "bit_widths": [4], "epochs": 1, "max_train": 32}],
+        "ptq_static": {"calibration_samples": 32},
+        "qat": {"calibration_samples": 32},
+    },
+    "mitigation": {"strategies": []},
+    "analysis": {"bootstrap_replicates": 100},
+    "deployment": {"cells": [], "export": [], "latency_repeats": 1},
+    "run": {"threads_per_cell": 1, "seeds": [0, 1]},
+}
+ENTRY = {"cell", "status", "start", "end", "seconds", "peak_memory_mb", "worker", "error", "traceback"}
+
+
+# -------------------------------------------------------------------------------------------------- the same everywhere
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    config = {**TINY, "data": {**TINY["data"], "cache": str(folder / "cache")}}
+    (folder / "tiny.yaml").write_text(json.dumps(config))
+    return folder / "tiny.yaml"
+
+
+def study(config: Path, results: Path, *overrides: str) -> None:
+    for phase in ("baseline", "quantization"):
+        arguments = ["--phase", phase, "--config", str(config), "--results-dir", str(results), "--device", "cpu"]
+        assert main.main([*arguments, *(("--set", *overrides) if overrides else ())]) == 0
+
+
+@pytest.fixture(scope="module")
+def serial(tiny) -> Path:
+    study(tiny, tiny.parent / "serial")
+    return tiny.parent / "serial"
+
+
+def contents(results: Path) -> dict[str, bytes]:
+    """Every file that holds a result, without measured times; and what the records say but for those."""
+    found = {}
+    for path in sorted(results.rglob("*")):
+        name = str(path.relative_to(results))
+        if path.suffix == ".csv":
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            timed = [column for column in (*TIMING_COLUMNS, "seconds") if column in table]
+            found[name] = table.drop(columns=timed).to_csv(index=False).encode()
+        elif path.suffix in (".npz", ".safetensors", ".onnx"):
+            found[name] = path.read_bytes()
+        elif path.parent.name == "cells":
+            record = without_times(json.loads(path.read_text()))
+            found[name] = json.dumps(record).encode()
+    return found
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in (*TIMING_COLUMNS, "seconds")}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def test_two_workers_write_the_files_of_one_process(tiny, serial, capsys):
+    capsys.readouterr()
+    study(tiny, tiny.parent / "processes", "run.executor=processes", "run.jobs=2")
+    ours, theirs = contents(tiny.parent / "processes"), contents(serial)
+    kinds = pd.Series([Path(name).suffix for name in theirs]).value_counts()
+    assert (kinds[".json"], kinds[".npz"], kinds[".safetensors"]) == (8, 8, 2) and kinds[".csv"] >= 4
+    assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] != theirs[name]] == []
+    out = capsys.readouterr().out
+    assert "quantization: 6 cells" in out and out.count("/6] synthetic-squeezenet1_1-s") == 6
+    assert "epoch 1/1" in out  # what a worker says of its cell
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """One cluster for all tests: starting it takes seconds."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find this module
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
+
+
+def test_ray_writes_the_files_of_one_process(tiny, serial, local_ray):
+    study(tiny, tiny.parent / "ray", "run.executor=ray", "run.jobs=2")
+    ours, theirs = contents(tiny.parent / "ray"), contents(serial)
+    assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_the_order_of_the_cells_does_not_matter(tiny, serial):
+    results = tiny.parent / "reversed"
+    study(tiny, results, "run.seeds=[1, 0]", "quantization.bit_widths=[4, 8]")
+    ours, theirs = contents(results), contents(serial)
+    files = [name for name in theirs if not name.endswith(".csv")]
+    assert [name for name in files if ours[name] != theirs[name]] == []
+    tables = [pd.read_csv(folder / "quantization_results.csv", dtype=str) for folder in (results, serial)]
+    assert tables[0]["cell"].tolist() != tables[1]["cell"].tolist()
+    tables = [table.drop(columns=list(TIMING_COLUMNS)).sort_values("cell", ignore_index=True) for table in tables]
+    pd.testing.assert_frame_equal(*tables)
+
+
+# ----------------------------------------------------------------------------------------------------- cells that fail
+
+
+def made_up(name: str, **options) -> Cell:
+    return Cell(name, "quantization", "synthetic", "m", 0, "ptq_static", options=options, baseline_cell=name)
+
+
+def predictions() -> SimpleNamespace:
+    zeros = np.zeros(4, np.int64)
+    return SimpleNamespace(y_true=zeros, logits=np.zeros((4, 2), np.float32), sensitive={}, index=np.arange(4))
+
+
+def faulty(config, store, device, data=None):
+    """A computation that does what the cell's options say; each attempt leaves a line in a file of the cell's name."""
+
+    def compute(cell: Cell, report) -> CellResult:
+        attempts = store.root / f"{cell.id}.attempts"
+        with attempts.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        number = len(attempts.read_text().split())
+        if number <= cell.options.get("times", 1000):
+            DEEDS[cell.options["do"]](report)
+        store.write_predictions(cell.id, predictions())
+        return CellResult({"accuracy": 0.5, "n_test": 4}, [])
+
+    return compute
+
+
+def fail(error: BaseException):
+    def deed(report):
+        raise error
+
+    return deed
+
+
+def ask_for_a_petabyte(report):
+    np.ones(10**15)
+
+
+DEEDS = {
+    "nothing": lambda report: report.line("the data are odd"),
+    "die": lambda report: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda report: os._exit(3),
+    "sleep": lambda report: time.sleep(600),
+    "memory": ask_for_a_petabyte,
+    "error": fail(ValueError("bad\n  luck")),
+    "poison": fail(RuntimeError("CUDA error: device-side assert triggered")),
+    "full": fail(StoreError("results: cannot be written (No space left on device)")),
+}
+
+
+class Log:
+    def __init__(self):
+        self.entries = {}
+
+    def record(self, entry: dict) -> None:
+        assert set(entry) == ENTRY
+        json.dumps(entry)
+        self.entries[entry["cell"]] = entry
+
+
+def kept_result(cell, error, report, config, store) -> CellResult:
+    report.line(f"kept {cell.id}: {error}")
+    return CellResult({"accuracy": 0.25}, [])
+
+
+FAULTS = [  # each worker that is lost costs seconds
+    made_up("fine", do="nothing", times=1),
+    made_up("dies-once", do="die", times=1),
+    made_up("exits", do="exit"),
+    made_up("late", do="sleep"),
+    made_up("greedy", do="memory"),
+    made_up("wrong", do="error"),
+    made_up("poisoned", do="poison"),
+    made_up("finished", do="die"),
+    made_up("fine-too", do="nothing", times=1),
+]
+ONCE = {"fine", "fine-too", "late", "greedy", "wrong"}  # what is not tried again
+
+
+def run_faults(folder: Path, executor: str, timeout: float) -> tuple[Store, Log]:
+    settings = (f"run.executor={executor}", "run.jobs=2", "run.threads_per_cell=1", f"run.cell_timeout={timeout}")
+    config = load_config(None, list(settings))
+    store, report = Store(folder / "results"), Report(quiet=True)
+    store.prepare("")
+    store.write_predictions("finished", predictions())
+    finished = next(cell for cell in FAULTS if cell.id == "finished")
+    store.write_cell({**finished.identity(), "status": "done", "error": None, "accuracy": 0.25}, [])
+    report.log = Log()
+    run_cells("quantization", FAULTS, faulty, config, store, report, lambda cell: False, keep=kept_result)
+    return store, report.log
+
+
+def check_faults(store: Store, log: Log, capsys) -> str:
+    """What is the same on every executor; returns what was printed."""
+    table = pd.read_csv(store.results_path("quantization"), keep_default_na=False)
+    assert table["cell"].tolist() == [cell.id for cell in FAULTS]  # in the planned order, whatever ended first
+    rows = table.set_index("cell")
+    attempts = {cell.id: len((store.root / f"{cell.id}.attempts").read_text().split()) for cell in FAULTS}
+    pids = {cell.id: set((store.root / f"{cell.id}.attempts").read_text().split()) for cell in FAULTS}
+    done = {"fine", "fine-too", "dies-once", "finished"}
+    assert set(rows.index[rows["status"] == "done"]) == done and (rows.loc[list(done), "error"] == "").all()
+    assert {name: count for name, count in attempts.items() if count != 2} == dict.fromkeys(ONCE, 1)
+    assert all(len(pids[name]) == attempts[name] for name in attempts)  # each attempt in a process of its own
+    errors = rows["error"]
+    assert errors["late"] == "CellTimeout: timed out after 4 s (run.cell_timeout)"
+    assert errors["greedy"].startswith("MemoryError: Unable to allocate") and "lower run.jobs" in errors["greedy"]
+    assert errors["wrong"] == "ValueError: bad luck"
+    assert "device-side assert" in errors["poisoned"] and "2 attempts" in errors["poisoned"]
+    assert errors["exits"].startswith("WorkerDied: ") and "2 attempts" in errors["exits"]
+    assert rows["accuracy"]["finished"] == "0.25"
+    assert log.entries.keys() == attempts.keys()
+    assert "in ask_for_a_petabyte" in log.entries["greedy"]["traceback"]
+    assert "in deed" in log.entries["poisoned"]["traceback"] and log.entries["fine"]["traceback"] is None
+    for name, entry in log.entries.items():
+        assert (entry["status"] == "failed") == (entry["error"] is not None)
+        assert entry["worker"].rpartition(":")[2] in pids[name]
+    assert 10 < log.entries["fine"]["peak_memory_mb"] < 10_000
+    out = capsys.readouterr().out
+    assert out.count("the data are odd") == 1  # though two workers found out
+    assert "kept finished: " in out
+    return out
+
+
+def test_a_worker_that_dies_or_is_late_costs_its_cell(tmp_path, capsys):
+    store, log = run_faults(tmp_path, "processes", 4)
+    out = check_faults(store, log, capsys)
+    assert "kept finished: its worker was killed by signal 9 (SIGKILL" in out
+    rows = pd.read_csv(store.results_path("quantization")).set_index("cell")
+    assert "ended with exit status 3" in rows["error"]["exits"]
+    assert 4 <= log.entries["late"]["seconds"] < 60
+
+
+def test_ray_tries_again_and_stops_what_is_late(tmp_path, capsys, local_ray):
+    store, log = run_faults(tmp_path, "ray", 4)
+    assert "kept finished: its worker " in check_faults(store, log, capsys)
+
+
+def test_what_no_cell_can_help_ends_the_run_and_not_in_a_thousand_rows(tmp_path):
+    config = load_config(None, ["run.executor=processes", "run.jobs=1"])
+    store = Store(tmp_path)
+    store.prepare("")
+    cells = [made_up("full", do="full"), made_up("next", do="nothing")]
+    with pytest.raises(StoreError, match="No space left"):
+        run_cells("quantization", cells, faulty, config, store, Report(quiet=True))
+    assert not list((tmp_path / "cells").iterdir()) and not (tmp_path / "next.attempts").exists()
+
+
+# ------------------------------------------------------------------------------------------------- the end of a program
+
+
+def processes_marked(mark: str) -> list[int]:
+    """Living processes that have inherited this text in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue  # somebody else's, or gone
+    return found
+
+
+def until(condition, seconds: float = 120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 2), (signal.SIGKILL, 1)])
+def test_no_worker_outlives_the_program(tiny, serial, tmp_path, number, jobs):
+    """Ctrl-C, which a terminal sends to the whole process group, and kill -9, in the middle of a training."""
+    mark = f"BNQ_TEST_{uuid.uuid4().hex}"
+    settings = ["run.executor=processes", f"run.jobs={jobs}", "training.epochs=100000"]
+    command = [sys.executable, "main.py", "--phase", "baseline", "--config", str(tiny), "--results-dir", str(tmp_path),
+               "--device", "cpu", "--set", *settings]  # fmt: skip
+    with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=err, env={**os.environ, mark: "1"}, start_new_session=True
+        )
+    try:
+        seeds = [f"-s{seed}-fp32" for seed in range(jobs)]
+        until(lambda: all(seed in (tmp_path / "out").read_text() for seed in seeds))
+        assert len(processes_marked(mark)) >= 1 + jobs
+        os.killpg(process.pid, number)
+        status = process.wait(60)
+        until(lambda: not processes_marked(mark), 30)
+    finally:
+        for pid in processes_marked(mark):
+            os.kill(pid, signal.SIGKILL)
+    errors = (tmp_path / "err").read_text()
+    if number == signal.SIGINT:
+        assert status == 130 and not list((tmp_path / "cells").iterdir())
+        assert errors == "\ninterrupted; finished cells are kept: run the same command again to go on\n"
+        assert (tmp_path / "baseline_results.csv").read_text().count("\n") == 1  # written: no cell has ended
+    else:
+        assert status == -signal.SIGKILL and errors == ""
+
+
+# --------------------------------------------------------------------------------------------------------------- quiet
+
+COMPUTES = """
+import sys
+from pathlib import Path
+import numpy as np
+import quiet
+folder, counter = map(Path, sys.argv[1:])
+numbers = np.random.default_rng(0).random(4_000_000)
+with quiet.computing(folder):
+    number = 0
+    while True:
+        number += 1
+        np.sort(numbers)  # one operation, which nothing interrupts
+        counter.write_text(f"{number} {quiet.paused_seconds()}")
+"""
+MEASURES = """
+import sys, time
+from pathlib import Path
+import quiet
+folder, counter = map(Path, sys.argv[1:])
+with quiet.computing(folder):
+    with quiet.alone():
+        before = counter.read_text()
+        time.sleep(0.5)
+        print(counter.read_text() == before, flush=True)
+        if sys.stdin.readline().strip() == "stay":
+            time.sleep(600)
+"""
+
+
+def test_no_cell_computes_while_another_measures(tmp_path):
+    counter = tmp_path / "counter"
+
+    def start(code: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", code, str(tmp_path / "locks"), str(counter)]
+        return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def counted() -> int:
+        return int((counter.read_text() if counter.exists() else "").partition(" ")[0] or 0)
+
+    others = [start(COMPUTES)]
+    try:
+        until(lambda: counted() > 2)
+        for answer in ("go\n", "stay\n"):
+            measuring = start(MEASURES)
+            others.append(measuring)
+            assert measuring.stdout.readline() == "True\n"
+            if answer == "stay\n":  # killed while it measures: nobody waits for it
+                measuring.stdin.write(answer)
+                measuring.stdin.flush()
+                measuring.kill()
+            else:
+                measuring.communicate(answer)
+            reached = counted()
+            until(lambda reached=reached: counted() > reached + 1)
+        until(lambda: float(counter.read_text().partition(" ")[2] or 0) > 1.0)  # it knows that it stood still, twice
+    finally:
+        for process in others:
+            process.kill()
+            process.communicate()
+
+
+# ------------------------------------------------------------------------------------------------------------ in detail
+
+
+def test_a_free_worker_gets_a_cell_of_the_model_that_it_has():
+    cells = [made_up(f"{name}{number}") for name in "aab" for number in (1,)]
+    todo = [dataclasses.replace(cell, baseline_cell=cell.id[0]) for cell in cells]
+    assert chosen(todo, "b", []) == 2
+    assert chosen(todo, None, ["a"]) == 2
+    assert chosen(todo, "c", ["a", "b"]) == 0
+
+
+def test_which_gpus_a_job_sees(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7,9")
+    assert gpus_of_jobs(2, 1.0) == ["4", "6"]
+    assert gpus_of_jobs(2, 2.0) == ["4,6", "7,9"]
+    assert gpus_of_jobs(6, 0.5) == ["4", "6", "7", "9", "4", "6"]
+    assert gpus_of_jobs(3, 0.0) == [None] * 3
+    for jobs, each in ((5, 1.0), (3, 2.0), (9, 0.5)):
+        with pytest.raises(ConfigError, match="at most"):
+            gpus_of_jobs(jobs, each)
+    with pytest.raises(ConfigError, match="neither"):
+        gpus_of_jobs(1, 1.5)
+
+
+def test_serial_is_a_worker_where_something_may_have_to_be_killed():
+    assert isinstance(open_executor(load_config(None), "cpu"), Serial)
+    limited = open_executor(load_config(None, ["run.cell_timeout=60"]), "cpu")
+    assert isinstance(limited, Processes) and len(limited.workers) == 1
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install -r requirements-ray\.txt"):
+        open_executor(load_config(None, ["run.executor=ray"]), "cpu")
+
+
+def test_settings_that_nothing_would_read_are_refused():
+    with pytest.raises(ConfigError, match="need executor: processes or ray"):
+        load_config(None, ["run.jobs=2"])
+    with pytest.raises(ConfigError, match="Ray cluster"):
+        load_config(None, ["run.executor=processes", "run.address=auto"])
+
+
+def test_what_is_out_of_memory_and_what_has_poisoned_the_process():
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value) and not is_poisoned(caught.value)
+    assert is_poisoned(RuntimeError("CUDA error: device-side assert triggered"))
+    assert not is_poisoned(torch.OutOfMemoryError("CUDA out of memory")) and not is_poisoned(ValueError("no"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a cell's own peak is known on Linux only")
+def test_the_peak_is_that_of_the_cell():
+    reset_peak_memory()
+    before = peak_memory_mb()
+    block = np.ones(50_000_000, np.uint8)
+    assert 45 < peak_memory_mb() - before < 60
+    del block
+    reset_peak_memory()
+    assert abs(peak_memory_mb() - before) < 10
