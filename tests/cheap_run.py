@@ -73,7 +73,7 @@ def noise(event: Event | None = None):
             store.write_predictions(cell.id, Predictions(logits, y_true, {"gender": y_true}, np.arange(400)))
             return CellResult({"accuracy": float((logits.argmax(1) == y_true).mean())}, [{"n": 400}])
 
-        run_cells("baseline", plan(config)["baseline"], compute, config, store, report)
+        run_cells("baseline", plan(config)["baseline"], lambda *_: compute, config, store, report)
 
     return run
 
