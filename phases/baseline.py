@@ -81,7 +81,9 @@ def compute(cell: Cell, report: Any, *, config: Config, store: Store, device: st
         seed=seed_for(*seed_names, "initialisation"),
     ).to(device=device, memory_format=torch.channels_last)
     train_loader = training_loader(dataset, settings, device, seed_names)
-    validation_loader = BatchLoader(dataset.splits["validation"], config.run.evaluation_batch_size, device=device)
+    validation_loader = BatchLoader(
+        dataset.splits["validation"], config.run.evaluation_batch_size, device=device, recycle=True
+    )
 
     def tell(epoch: dict) -> None:
         report.detail(
@@ -198,7 +200,8 @@ def names_of(dataset: FaceDataset) -> dict[str, Any]:
 
 
 def test_loader(dataset: FaceDataset, config: Config, device: str) -> BatchLoader:
-    return BatchLoader(dataset.splits["test"], config.run.evaluation_batch_size, device=device, channels_last=True)
+    size = config.run.evaluation_batch_size
+    return BatchLoader(dataset.splits["test"], size, device=device, channels_last=True, recycle=True)
 
 
 def _checkpoint(store: Store, cell: Cell):

@@ -27,9 +27,9 @@ from phases.baseline import (
 )
 from phases.measure import compression, measure
 from phases.plan import Cell, plan
+from phases.shared import SharedSensitivity
 from quantization import apply_quantization
 from quantizers.numerics import QuantizationWarning
-from quantizers.sensitivity import Sensitivity
 from runner import CellResult, Compute, Report, run_cells
 from store import MissingArtifactError, Store, StoreError, seed_for
 
@@ -91,8 +91,8 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
         options["seed"] = seed_for(cell.seed, cell.dataset, cell.model, "repair")
     elif cell.method in ("ptq_static", "mixed_precision"):
         options["seed"] = seed_for(cell.seed, cell.dataset, cell.model, "rounding")
-    if cell.method == "mixed_precision" and cell.strategy is None:
-        options["sensitivity"] = inputs.sensitivity(cell)
+    if cell.method == "mixed_precision":
+        options["sensitivity"] = inputs.sensitivities.load(cell, dataset.fingerprint)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", QuantizationWarning)
         quantized = apply_quantization(
@@ -156,7 +156,7 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     if "calibration_groups" in quantized.description:
         measured.extra["calibration_groups"] = quantized.description["calibration_groups"]
     if "sensitivity" in quantized.reports:
-        inputs.keep_sensitivity(cell, quantized.reports["measurement"])
+        inputs.sensitivities.keep(cell, dataset.fingerprint, quantized.reports["measurement"])
         budgets, widths = quantized.reports["budgets"], quantized.reports["widths"]
         sensitivity = quantized.reports["sensitivity"].merge(
             widths[["layer", "bits"]].rename(columns={"bits": "chosen_bits"}), on="layer"
@@ -167,15 +167,6 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     return measured
 
 
-def _measured_by(cell: Cell) -> tuple:
-    """Everything that a cell's layer sensitivities depend on: neither its widths nor its budgets nor its rounding."""
-    return cell.baseline_cell, *((key, str(cell.options.get(key))) for key in SENSITIVITY_KEYS)
-
-
-SENSITIVITY_KEYS = (
-    "calibration_samples", "calibration_split", "weight_observer", "percentile", "weight_granularity", "equalize",
-    "widths", "sensitivity_metric", "sensitivity_samples", "classifier_bits", "backend", "reduce_range",
-)  # fmt: skip
 TRAINING_KEYS = tuple(key for key in QAT.model_fields if key in Training.model_fields)
 SENSITIVITY_COLUMNS = ("layer", "bits", "sensitivity", "sensitivity_low", "sensitivity_high", "bytes", "chosen_bits")
 
@@ -222,14 +213,7 @@ class Inputs:
         self.config, self.store, self.device = config, store, device
         self.datasets = datasets
         self.loaded: tuple[str, nn.Module] | None = None
-        self.measured: tuple[tuple, Sensitivity] | None = None
-
-    def sensitivity(self, cell: Cell) -> Sensitivity | None:
-        """What an earlier cell of the same model measured, where this one would measure the same."""
-        return self.measured[1] if self.measured is not None and self.measured[0] == _measured_by(cell) else None
-
-    def keep_sensitivity(self, cell: Cell, sensitivity: Sensitivity) -> None:
-        self.measured = (_measured_by(cell), sensitivity)
+        self.sensitivities = SharedSensitivity(store, device, config.run.threads_per_cell)
 
     def baseline_row(self, cell: Cell) -> dict:
         row = self.store.record(cell.baseline_cell)["row"]

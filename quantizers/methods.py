@@ -148,6 +148,7 @@ def _fair_mixed_precision(
         metric=own.pop("sensitivity_metric"),
         groups=grouped.groups,
         worst_share=options["worst_share"],
+        sensitivity=options["sensitivity"],
         keep_float=True,
         **own,
         **_recipe(options),
@@ -364,7 +365,9 @@ METHODS: dict[str, Method] = {
             },
         ),
     ),
-    "fair_mixed_precision": Method(_fair_mixed_precision, (FairMixedPrecision,), True, GROUPS),
+    "fair_mixed_precision": Method(
+        _fair_mixed_precision, (FairMixedPrecision,), True, (*GROUPS, ("sensitivity", None))
+    ),
     "output_calibration": _ptq_repair(OutputCalibration, _output_calibration),
     "threshold_adjustment": _ptq_repair(ThresholdAdjustment, _threshold_adjustment),
     "balanced_finetuning": _trained_repair(

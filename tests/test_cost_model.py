@@ -1,0 +1,197 @@
+"""The cost model and its schedules: hand-computed ones, bounds that hold for every list, and monotone predictions."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import cost_model
+from benchmarks.cost_model import FEATURES, CostModel, Measurement, fit, split_sizes, tasks_of
+from benchmarks.schedule import Task, critical_path, schedule
+from config import load_config
+
+TWO = [  # two checkpoints: one is there after 2, one after 4
+    Task("b1", 0, 2.0),
+    Task("b2", 0, 4.0),
+    Task("q1", 1, 3.0, ("b1",)),
+    Task("q2", 1, 1.0, ("b2",)),
+    Task("m1", 2, 2.0, ("b1",)),
+]
+
+
+def test_a_schedule_by_hand():
+    """Two workers: b1 0-2, b2 0-4; the barrier; q1 4-7, q2 4-5; the barrier; m1 7-9."""
+    found = schedule(TWO, 2)
+    assert found.begin == {"b1": 0, "b2": 0, "q1": 4, "q2": 4, "m1": 7} and found.makespan == 9
+    assert found.worker["b1"] != found.worker["b2"]
+    # without barriers: q1 begins at 2 on the worker of b1, b2's at 4 does q2 (4-5) and m1 follows on it (5-7)
+    free = schedule(TWO, 2, barriers=False)
+    assert free.begin == {"b1": 0, "b2": 0, "q1": 2, "q2": 4, "m1": 5} and free.makespan == 7
+    assert schedule(TWO, 1).makespan == schedule(TWO, 1, barriers=False).makespan == 12
+
+
+def test_the_critical_path_by_hand():
+    assert critical_path(TWO) == (9.0, ["b2", "q1", "m1"])
+    assert critical_path(TWO, barriers=False) == (5.0, ["b1", "q1"])
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        [Task("a", 0, -1.0)],
+        [Task("a", 1, 1.0), Task("b", 0, 1.0)],
+        [Task("a", 0, 1.0, ("b",)), Task("b", 0, 1.0)],
+        [Task("a", 0, 1.0), Task("a", 0, 1.0)],
+    ],
+)
+def test_impossible_tasks_are_refused(tasks):
+    with pytest.raises(ValueError):
+        schedule(tasks, 2)
+    with pytest.raises(ValueError):
+        critical_path(tasks)
+
+
+@st.composite
+def studies(draw):
+    durations = st.floats(0, 10, allow_nan=False)
+    tasks = [Task(f"b{i}", 0, draw(durations)) for i in range(draw(st.integers(1, 4)))]
+    names = [task.name for task in tasks]
+    for phase, count in ((1, draw(st.integers(0, 8))), (2, draw(st.integers(0, 8)))):
+        tasks += [Task(f"{phase}-{i}", phase, draw(durations), (draw(st.sampled_from(names)),)) for i in range(count)]
+    return tasks
+
+
+@settings(max_examples=150, deadline=None)
+@given(studies(), st.integers(1, 5), st.booleans())
+def test_schedules_keep_every_rule_and_bound(tasks, workers, barriers):
+    found = schedule(tasks, workers, barriers=barriers)
+    work, (path, names) = sum(task.seconds for task in tasks), critical_path(tasks, barriers=barriers)
+    by_name = {task.name: task for task in tasks}
+    assert set(found.begin) == set(by_name)
+    for task in tasks:
+        assert found.end[task.name] == pytest.approx(found.begin[task.name] + task.seconds)
+        assert all(found.end[name] <= found.begin[task.name] for name in task.after)
+        if barriers:
+            earlier = [found.end[other.name] for other in tasks if other.phase < task.phase]
+            assert found.begin[task.name] >= max(earlier, default=0.0)
+    for one, other in itertools.combinations(tasks, 2):
+        if found.worker[one.name] == found.worker[other.name]:
+            apart = found.end[one.name] <= found.begin[other.name] or found.end[other.name] <= found.begin[one.name]
+            assert apart
+    assert set(found.worker.values()) <= set(range(workers))
+    assert path == pytest.approx(sum(by_name[name].seconds for name in names))
+    assert path >= max(task.seconds for task in tasks)
+    chains = [task.seconds + sum(by_name[name].seconds for name in task.after) for task in tasks]
+    assert path >= max(chains) - 1e-9
+    assert found.makespan >= max(path, work / workers) - 1e-9
+    # Graham's bound of list scheduling, phase by phase where there are barriers
+    assert found.makespan <= work / workers + (1 - 1 / workers) * path + 1e-9
+
+
+def measurements(kind="ptq_static", model="net", one=0.5, image=0.01, pixel=2.0, noise=None):
+    """Of a machine whose costs are known: one + image n + pixel n s² / 10^6."""
+    sizes = ((64, 8), (64, 24), (160, 8), (cost_model.HELD_OUT_SIZE, 12))
+    return [
+        Measurement(kind, model, size, n, 2, one + image * n + pixel * n * size**2 / 1e6 + (noise or {}).get(size, 0))
+        for size, n in sizes
+    ]
+
+
+def test_known_costs_are_found_again():
+    found = fit(measurements())["ptq_static"]["net"]
+    assert found["coefficients"] == pytest.approx({"one": 0.5, "images": 0.01, "image pixels": 2.0}, rel=1e-6)
+    assert found["r2"] == pytest.approx(1) and found["held_out"] == pytest.approx([0], abs=1e-9)
+    assert CostModel(fit(measurements())).step("ptq_static", "net", 100, 10).on() == pytest.approx(0.5 + 0.1 + 0.2)
+
+
+def test_a_machine_that_is_not_linear_is_called_so():
+    """The held-out size takes twice what its neighbours say: the model is wrong by half, and the table says bad."""
+    size = cost_model.HELD_OUT_SIZE
+    true = 0.5 + 0.01 * 12 + 2.0 * 12 * size**2 / 1e6
+    fitted = fit(measurements(noise={size: true}))
+    assert fitted["ptq_static"]["net"]["held_out"] == pytest.approx([-0.5])
+    assert "| ptq_static | 1 | 50% | 50% | bad |" in cost_model.table_of_errors(fitted)
+    assert "bad" not in cost_model.table_of_errors(fit(measurements()))
+
+
+def test_no_coefficient_is_negative():
+    falling = [Measurement("ptq_static", "net", 64, n, 2, 2.0 - 0.05 * n) for n in (8, 16, 24)]
+    assert min(fit(falling)["ptq_static"]["net"]["coefficients"].values()) >= 0
+
+
+MODELS = ("mobilenet_v2", "resnet50")
+
+
+@pytest.fixture
+def model() -> CostModel:
+    """Every coefficient another number: a second for the fixed part, less for the rest."""
+    fitted = {
+        kind: {
+            name: {
+                "coefficients": {
+                    feature: (1.0 if feature == "one" else 0.01) * (k + 1) * (j + 1)
+                    for k, feature in enumerate(FEATURES[kind])
+                }
+            }
+            for name in (MODELS if kind != "analysis" else ("",))
+        }
+        for j, kind in enumerate(FEATURES)
+    }
+    return CostModel(json.loads(json.dumps(fitted)))
+
+
+def study(*overrides: str):
+    models = f"models.architectures=[{', '.join(MODELS)}]"
+    return load_config("configs/study.yaml", [models, "data.dataset=[fairface]", *overrides])
+
+
+def test_a_baseline_by_hand(model):
+    """FairFace, 64 px: 86,744 images, of which 10 % are for validation; 2 epochs in batches of 32."""
+    config = study("training.epochs=2")
+    assert split_sizes(config, "fairface") == (78_070, 8_674, 10_954)
+    (cell, seconds), *_ = model.cells(config)
+    assert cell.phase == "baseline" and cell.model == "mobilenet_v2"
+    pixels = 64**2 / 1e6
+    step = 1.0 + 0.02 * 32 + 0.03 * 32 * pixels  # the first kind
+    predicting = 3 * (0.01 + 0.02 * pixels)  # the third, an image
+    expected = 2 * (78_070 / 32 * step + 8_674 * predicting) + 10_954 * predicting
+    assert seconds.on() == pytest.approx(expected)
+    assert seconds.cpu == pytest.approx(2 * 78_070 / 32)
+
+
+def test_predictions_grow_with_everything_and_shrink_with_speed(model):
+    def total(*overrides: str, speedup: float = 1.0) -> float:
+        return sum(seconds.on(speedup) for _, seconds in model.cells(study(*overrides)))
+
+    base = total()
+    assert total("data.fairface.image_size=128") > base
+    assert total("data.fairface.max_train=1000") < base and total("data.fairface.max_test=100") < base
+    assert total("run.seeds=[0, 1]") == pytest.approx(2 * base)
+    assert total("training.epochs=9") > base and total("quantization.qat.epochs=5") > base
+    assert total("quantization.ptq_static.reconstruction_iterations=900") > base
+    assert total("quantization.ptq_static.calibration_samples=2000") > base
+    assert base > total(speedup=10) > total(speedup=1000) > 0
+    cpu = sum(seconds.cpu for _, seconds in model.cells(study()))
+    assert total(speedup=1e12) == pytest.approx(cpu)
+
+
+def test_every_cell_of_the_study_has_a_cost_and_a_task(model):
+    costs = model.cells(study())
+    assert {cell.strategy for cell, _ in costs} > {"group_dro", "sensitive_layers", "threshold_adjustment"}
+    assert all(seconds.on() > 0 for _, seconds in costs)
+    tasks = tasks_of(costs, lambda name: 1.0, 10.0)
+    assert len(tasks) == len(costs) + 1 and tasks[-1].seconds == 10.0
+    makespans = [schedule(tasks, workers).makespan for workers in (1, 4, 64)]
+    assert makespans[0] == pytest.approx(sum(task.seconds for task in tasks))
+    assert makespans[0] > makespans[1] > makespans[2] >= critical_path(tasks)[0] - 1e-6
+
+
+def test_the_table_of_sensitivities_is_paid_once(model):
+    config = study(
+        "quantization.methods=[mixed_precision]", "quantization.bit_widths=[4, 8]", "mitigation.strategies=[]"
+    )
+    (_, first), (_, second) = [each for each in model.cells(config) if each[0].model == MODELS[0]][1:]
+    samples = config.quantization.mixed_precision.sensitivity_samples
+    assert first.on() - second.on() == pytest.approx(model.step("sensitivity", MODELS[0], 64, samples).on())
