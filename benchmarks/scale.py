@@ -67,8 +67,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--cells", type=int, help="of --kill (60) and --soak (2000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="an empty one, for the runs' results")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+    with contextlib.ExitStack() as stack:
+        if options.keep is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="scale-"))
+        else:
+            options.keep.mkdir(parents=True)
+            folder = options.keep.absolute()
         if options.kill:
             return kill(Path(folder), options)
         if options.soak:
