@@ -21,8 +21,8 @@ several claims  supported where all are (an intersection-union test), contradict
 
 `p` is that of the side on which the effect lies: of "the effect is not as claimed" (two-sided for one bound; the larger
 one of TOST; the largest of several claims), or, where it lies outside, of "it is as claimed" (for several claims the
-smallest times their number). It comes from the permutation where there is one. `p_holm` is Holm's correction over the
-hypotheses that were tested; a decision that does not survive it says so in its sentence.
+smallest times their number). Where a permutation must agree with the interval it is the larger of both p. `p_holm` is
+Holm's correction over the hypotheses that were tested; a decision that does not survive it says so in its sentence.
 
 Seconds (`seconds_ratio`) decide by their geometric mean over the pairs alone, and their numbers go into costs.csv, not
 into the verdicts: the same work takes another time when it is done again.
@@ -431,6 +431,7 @@ def _by_group_size(study: JointBootstrap, name: str, asked: Asked) -> Found:
     if len(nulls) > 1:  # data sets are permuted independently of each other
         generator = np.random.default_rng(seed_for("analysis", name, "combine"))
         null = np.mean([generator.choice(values, MAX_PERMUTATIONS) for values in nulls], axis=0)
+        null = np.append(null, found.effect)  # the observed order is one of them: p is never 0
     p = _agree_by_permutation(study, claim, found, null)
     found.parts = parts
     found.sentence = (
@@ -523,13 +524,16 @@ def _decide(study: JointBootstrap, claim: Claim, effect: float, values_B: np.nda
 
 
 def _agree(study: JointBootstrap, claim: Claim, found: Found, p_lower: float, p_upper: float, p: float) -> None:
-    """Keep the verdict only if the one-sided permutation test on its side agrees; p becomes the permutation's."""
+    """Keep the verdict only if the one-sided permutation test on its side agrees; p becomes the larger of both."""
     side = p_upper if found.effect >= 0 else p_lower
     if side > _alpha(study, claim) + 1e-12:
         found.verdict = "inconclusive"
     above = -math.inf if claim.above is None else claim.above
     is_as_claimed = above < found.effect < (math.inf if claim.below is None else claim.below)
-    found.p_for, found.p_against = (p, 1.0) if is_as_claimed else (1.0, p)
+    if is_as_claimed:
+        found.p_for, found.p_against = max(p, found.p_for), 1.0
+    else:
+        found.p_for, found.p_against = 1.0, max(p, found.p_against)
 
 
 def _agree_by_permutation(study: JointBootstrap, claim: Claim, found: Found, null: np.ndarray) -> str:

@@ -186,6 +186,45 @@ def test_smaller_groups_rule(tmp_path):
         assert found["verdict"] == verdict, name
 
 
+def group_slopes(slope):
+    """H7 of two data sets of six groups each: `slope` points more are lost at each halving of a group's size, of which
+    the images have nothing to say (every group of 1,000 images or more)."""
+    rng, frames, test_sets = np.random.default_rng(0), [], {}
+    n_G = 1000 * 2 ** np.arange(6)
+    for name in ("one", "two"):
+        group, label = np.repeat(np.arange(6), n_G), np.arange(n_G.sum()) % 2
+        lost = np.concatenate([rng.permutation(n) < n * (0.1 - slope * np.log2(n / 1000)) for n in n_G])
+        predictions = {
+            f"{name}-a": label.astype(np.int16),
+            f"{name}-b": np.where(lost, 1 - label, label).astype(np.int16),
+        }
+        names = list("uvwxyz")
+        test_sets[name] = TestSet(name, "race", label, group, names, group, names, 2, 20, predictions)
+        identity = {"dataset": name, "model": "m", "seed": 0, "options": None, "strategy": None, "size_mb": 1.0}
+        identity |= {"baseline_cell": f"{name}-a", "status": "done"}
+        frames.append(identity | {"cell": f"{name}-a", "method": "none", "weight_bits": None, "activation_bits": None})
+        frames.append(identity | {"cell": f"{name}-b", "method": "ptq_static", "weight_bits": 4, "activation_bits": 4})
+    (row,) = hypotheses.evaluate(pd.DataFrame(frames), test_sets, [DEFAULT["H7-small-groups"]], 4000, 0.95).to_dict(
+        "records"
+    )
+    return row
+
+
+def test_permutations_over_groups_of_two_data_sets_count_what_was_observed():
+    """Of 720 orders in each of two data sets only the observed one, in both, has so steep a slope: random ones do not
+    find it. Were it not counted among them p would be 0."""
+    row = group_slopes(0.01)
+    assert row["verdict"] == "supported" and row["n_comparisons"] == 2
+    assert row["p"] >= 1 / 5041
+
+
+def test_p_is_that_of_the_interval_where_the_permutation_is_surer(monkeypatch):
+    """Permutations of the groups say that the slope is real, the images leave it open: no small p beside that."""
+    row = group_slopes(0.0004)
+    assert row["verdict"] == "inconclusive" and row["ci_low"] < 0 < row["ci_high"]
+    assert row["p"] > 0.05
+
+
 def test_what_cannot_be_tested_says_why(tmp_path):
     config = small_config("quantization.bit_widths=[4]", "mitigation.strategies=[]")
     found = verdicts(tmp_path, config, shares=(0.25, 0.25, 0.25, 0.25))
@@ -312,7 +351,8 @@ def test_architecture_predicts_where_trainings_of_one_lose_alike(tmp_path):
     shifted = lambda cell, g: tuple(by_model.values())[(FOUR.index(cell.model) * (1, 3, 2)[cell.seed] + cell.seed) % 4]  # noqa: E731
     found = verdicts(tmp_path / "alike", config, loss=alike)["H6-architecture"]
     assert found["verdict"] == "supported" and found["effect"] == pytest.approx(1.0)
-    assert found["p"] == pytest.approx(1 / 576)  # of 4! orders in each of two further trainings
+    assert "permutation over models in each training p = 0.002" in found["sentence"]  # 1 of 4!^2 orders
+    assert found["p"] == pytest.approx(2 / 301)  # no replicate of 300 on the other side: the larger p of the two
     assert found["n_seeds"] == 3 and "3 trainings of 4 models" in found["sentence"]
     found = verdicts(tmp_path / "shifted", config, loss=shifted)["H6-architecture"]
     assert found["verdict"] == "inconclusive" and found["effect"] < 0.3
