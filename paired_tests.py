@@ -187,7 +187,7 @@ def comparisons(rows: pd.DataFrame, test_sets: Mapping[str, TestSet]) -> pd.Data
 def permutations(n_corrected: int, n_pairs: int, replicates: int, level: float) -> int:
     """How many `flip_permutation_test` may draw for one of `n_corrected` pairs that are corrected together, among
     `n_pairs` in all: see `PERMUTATIONS_IN_ALL`. Few `replicates`, as the config asks for, lower the least number."""
-    needed = math.ceil(round(1.25 * n_corrected / (1 - level), 6))  # the smallest p times their number is 0.8 alpha
+    needed = math.ceil(round(1.1 * n_corrected / (1 - level), 6))  # the smallest p times their number is 0.9 alpha
     return max(min(replicates, FEWEST_PERMUTATIONS), min(needed, PERMUTATIONS_IN_ALL // n_pairs))
 
 

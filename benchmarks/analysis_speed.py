@@ -6,7 +6,8 @@ A study of 500 finished cells is written into a temporary folder through Store's
 images differ in difficulty, models share it, and a quantized cell redraws the answer to some images, more at fewer
 bits. Two attributes, of 2 and 7 values, make 14 intersectional groups; the metrics are over the one with 7. Then
 `phases.analysis.analyse` runs in a process of its own. Times are of each step until the next one begins, on the clock
-and of the processors (all threads; what the step would take alone on one processor, whatever else the machine does).
+and of the processors (all threads and processes; what the step would take alone on one processor, whatever else the machine
+does).
 """
 
 from __future__ import annotations
@@ -84,13 +85,14 @@ def analyse(config: Config, folder: Path) -> None:
     for (what, *begun), (_, *until) in itertools.pairwise(steps):
         print(f"| {what} | {until[0] - begun[0]:.1f} | {until[1] - begun[1]:.1f} |")
     print(f"| all | {steps[-1][1] - started[0]:.1f} | {steps[-1][2] - started[1]:.1f} |")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # its own peak and that of the process that helps drawing, as if they were at the same moment
+    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     cores = len(os.sched_getaffinity(0))
     print(f"peak memory {peak:.2f} GiB; {cores} cores, load {os.getloadavg()[0]:.1f} (1 would be one busy core)")
 
 
 def clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
+    return time.perf_counter(), sum(os.times()[:4])  # of this process and of those that it has waited for
 
 
 def write_study(root: Path, config: Config, n_cells: int, n: int) -> dict[str, list[str]]:
