@@ -6,8 +6,8 @@ A study of 500 finished cells is written into a temporary folder through Store's
 images differ in difficulty, models share it, and a quantized cell redraws the answer to some images, more at fewer
 bits. Two attributes, of 2 and 7 values, make 14 intersectional groups; the metrics are over the one with 7. Then
 `phases.analysis.analyse` runs in a process of its own. Times are of each step until the next one begins, on the clock
-and of the processors (all threads and processes; what the step would take alone on one processor, whatever else the machine
-does).
+and of the processors (all threads and processes; what the step would take alone on one processor, whatever else the
+machine does).
 """
 
 from __future__ import annotations
