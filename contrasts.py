@@ -173,6 +173,20 @@ class Effects:
             self._of_cell[key] = make(cell, metric)
         return self._of_cell[key]
 
+    def one_image(self, metric: str) -> tuple[float, int]:
+        """(what one more hit in a rate adds to the metric, in points; how many rates it is made of). Of a metric about
+        groups that of the smallest half of a group, since any may be chosen."""
+        if metric in ("accuracy", "accuracy_loss"):
+            return 100 / self.test_set.n, 1
+        if metric in ("worst_group_accuracy", "worst_group_excess_loss", "accuracy_gap"):
+            n_HG = self.n_HG[:, self.groups]
+            return 100 / 2 / int(n_HG.min()), 4 if metric == "accuracy_gap" else 2
+        n = len(self.test_set.label_N)
+        strata_N = self.code_N * self.test_set.n_classes + self.test_set.label_N
+        counts = np.bincount(strata_N, minlength=2 * self.n_groups * self.test_set.n_classes)
+        counts = counts.reshape(2, self.n_groups, self.test_set.n_classes)[:, self.groups]
+        return 100 / 2 / int(counts[counts > 0].min(initial=n)), 4
+
     def worst_groups(self, cell: str) -> list[int]:
         """The group of the lowest accuracy on each half."""
         right_HG = np.bincount(self.code_N, weights=self.test_set.correct(cell), minlength=2 * self.n_groups).reshape(

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from joint_bootstrap import TestSet, percentile_interval
+from joint_bootstrap import TestSet, in_threads, percentile_interval
 from result_rows import main_settings, with_labels
 from store import seed_for
 
@@ -38,7 +38,7 @@ def cost_benefit_table(
     sizes the means over the seeds that both sides finished; NaN where not measured.
     """
     rows = with_labels(rows) if len(rows) else rows
-    found = []
+    found, jobs = [], []
     mains = set(main_settings(rows)) if len(rows) else set()
     for dataset, of_set in rows.groupby("dataset", sort=False) if len(rows) else ():
         test_set = test_sets[dataset]
@@ -54,10 +54,8 @@ def cost_benefit_table(
             pairs = [(row, other) for row, other in pairs if other is not None and other["cell"] != row["cell"]]
             if not pairs:
                 continue
-            cells = [(row["cell"], other["cell"]) for row, other in pairs]
-            generator = np.random.default_rng(seed_for("analysis", "cost_benefit", dataset, model, setting))
-            gain, low, high = worst_group_gain(test_set, cells, min(replicates, MOST_REPLICATES), level, generator)
             first = pairs[0][0]
+            jobs.append((test_set, [(row["cell"], other["cell"]) for row, other in pairs], (dataset, model, setting)))
             found.append(
                 {
                     "dataset": dataset, "model": model, "setting": setting, "setting_order": first["setting_order"],
@@ -67,9 +65,16 @@ def cost_benefit_table(
                     "reference_seconds": np.mean([_seconds(other) for _, other in pairs]),
                     "size_mb": np.mean([_number(row, "size_mb") for row, _ in pairs]),
                     "reference_size_mb": np.mean([_number(other, "size_mb") for _, other in pairs]),
-                    "gain": gain, "ci_low": low, "ci_high": high,
                 }
             )  # fmt: skip
+
+    def gain_of(job: tuple) -> dict[str, float]:
+        test_set, cells, names = job
+        generator = np.random.default_rng(seed_for("analysis", "cost_benefit", *names))
+        ends = worst_group_gain(test_set, cells, min(replicates, MOST_REPLICATES), level, generator)
+        return dict(zip(("gain", "ci_low", "ci_high"), ends, strict=True))
+
+    found = [line | gain for line, gain in zip(found, in_threads(gain_of, jobs), strict=True)]
     return pd.DataFrame(found, columns=list(COST_COLUMNS))
 
 
@@ -87,8 +92,7 @@ def worst_group_gain(
     cells = [cell for pair in pairs for cell in pair]
     kept = np.isin(test_set.group_N, eligible)
     right_NM = np.stack([test_set.correct(cell)[kept] for cell in cells], axis=1)
-    table = np.column_stack([test_set.group_N[kept], right_NM])
-    patterns, counts_K = np.unique(table, axis=0, return_counts=True)
+    patterns, counts_K = _patterns(np.column_stack([test_set.group_N[kept], right_NM]))
     is_group_KG = (patterns[:, :1] == eligible).astype(float)
     right_KM = patterns[:, 1:].astype(float)
     weights_KGM = is_group_KG[:, :, None] * right_KM[:, None, :]
@@ -105,6 +109,16 @@ def worst_group_gain(
     drawn_BK = generator.multinomial(total, counts_K / total, size=replicates).astype(float)
     low, high = percentile_interval(gains(drawn_BK), level)
     return observed, low, high
+
+
+def _patterns(table_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that occur, in order, and how often: np.unique of rows, by their numbers where those fit in 64 bits."""
+    widths = np.array([int(column.max()).bit_length() for column in table_NM.T])
+    if widths.sum() > 62:
+        return np.unique(table_NM, axis=0, return_counts=True)
+    shifts = widths[::-1].cumsum()[::-1] - widths
+    codes_K, counts_K = np.unique(table_NM.astype(np.int64) @ (1 << shifts), return_counts=True)
+    return (codes_K[:, None] >> shifts) & ((1 << widths) - 1), counts_K
 
 
 def _seconds(row: pd.Series) -> float:

@@ -12,6 +12,11 @@ over them as well, and gaps between groups for one that swaps the two models' pr
 agree before a rule says anything but "inconclusive". Gaps of models that give one class to nearly every image are left
 out: they say nothing about fairness.
 
+No difference seen is not no difference: where two models give the same answers to the few images there are, every
+replicate is 0. So each rate is resampled as if two images more had been gained and two more lost, in all models at once
+(the two successes and two failures of Agresti & Coull 1998, among the discordant pairs as in Bonett & Price 2012): of
+20,000 images that is nothing, of 100 it keeps the interval as wide as 100 images deserve.
+
 Decisions, at the claim's level 1 - alpha:
 
 one bound       supported where the interval of that level lies on the claim's side of the bound, contradicted where it
@@ -21,8 +26,8 @@ several claims  supported where all are (an intersection-union test), contradict
 
 `p` is that of the side on which the effect lies: of "the effect is not as claimed" (two-sided for one bound; the larger
 one of TOST; the largest of several claims), or, where it lies outside, of "it is as claimed" (for several claims the
-smallest times their number). It comes from the permutation where there is one. `p_holm` is Holm's correction over the
-hypotheses that were tested; a decision that does not survive it says so in its sentence.
+smallest times their number). Where a permutation must agree with the interval it is the larger of both p. `p_holm` is
+Holm's correction over the hypotheses that were tested; a decision that does not survive it says so in its sentence.
 
 Seconds (`seconds_ratio`) decide by their geometric mean over the pairs alone, and their numbers go into costs.csv, not
 into the verdicts: the same work takes another time when it is done again.
@@ -72,6 +77,7 @@ from wording import (
 )
 
 SIZE_RATIO = 1.2  # by size: the largest is at least so much larger than the smallest, else there is nothing to compare
+UNSEEN = 2  # images more gained, and as many lost, in each rate
 MAX_PERMUTATIONS = 5040  # all of them where they are no more, else so many random ones
 VERDICTS = ("supported", "contradicted", "inconclusive", "not tested")
 COLUMNS = (
@@ -155,6 +161,7 @@ def accuracy_changes(
     rows: pd.DataFrame, test_sets: Mapping[str, TestSet], replicates: int, level: float
 ) -> pd.DataFrame:
     """Accuracy against FP32 of each (data set, model, setting), mean over its seeds, in points, with paired intervals.
+    They have the unseen images of the module's docstring, so that those of few images are not points.
 
     Columns: dataset, model, setting, setting_order, width, n_seeds, n_images, accuracy (share), change, ci_low,
     ci_high.
@@ -168,8 +175,9 @@ def accuracy_changes(
     keys = ["dataset", "model", "setting", "setting_order", "width"]
     for key, block in pairs.groupby(keys, sort=False):
         at = block.index.to_numpy()
-        low, high = percentile_interval(replicates_BP[:, at].mean(axis=1), level)
         test_set = test_sets[key[0]]
+        unseen_B = 100 / test_set.n * _unseen_images(1, replicates, *map(str, key))
+        low, high = percentile_interval(replicates_BP[:, at].mean(axis=1) + unseen_B, level)
         accuracy = np.mean([test_set.correct(cell).mean() for cell in block["cell"]])
         found.append(
             {
@@ -329,8 +337,11 @@ def _mean_effect(study: JointBootstrap, asked: Asked) -> Found:
     """The mean over models, decided by its interval."""
     claim, pairs, observed_P = asked.claim, asked.pairs, asked.ticket.observed_C
     replicates_BP, weights_P = asked.ticket.replicates_BC, equal_weights(asked.pairs)
-    found = _decide(study, claim, float(observed_P @ weights_P), replicates_BP @ weights_P, pairs)
-    found.parts = _parts(pairs, observed_P, replicates_BP, found.level)
+    unseen_B = _unseen(asked, weights_P, study.replicates)
+    found = _decide(study, claim, float(observed_P @ weights_P), replicates_BP @ weights_P + unseen_B, pairs)
+    found.parts = _parts(
+        pairs, observed_P, replicates_BP, found.level, lambda weights_P: _unseen(asked, weights_P, study.replicates)
+    )
     chosen = _worst_groups(study, asked) if claim.metric == "worst_group_excess_loss" else ()
     alone = ""
     if None not in (claim.above, claim.below) and len(found.parts) > 1:
@@ -346,6 +357,25 @@ def _mean_effect(study: JointBootstrap, asked: Asked) -> Found:
             alone = f"; taken alone, {and_list(outside)} {verb} not shown to stay {between}"
     found.sentence = f"{lead(claim, pairs, found.effect, chosen)} {_interval(asked, found, then=alone)}"
     return found
+
+
+def _unseen(asked: Asked, weights_P: np.ndarray, replicates: int) -> np.ndarray:
+    """(B,) what the images that might as well have been gained and lost add to the replicates of a weighted mean of
+    pairs: see the module's docstring."""
+    added_B = np.zeros(replicates)
+    for dataset, block in asked.pairs.groupby("dataset", sort=False):
+        unit, n_rates = asked.details["effects"][dataset].one_image(asked.claim.metric)
+        images_B = _unseen_images(n_rates, replicates, dataset, asked.claim.metric)
+        added_B += weights_P[block.index.to_numpy()].sum() * unit * images_B
+    return added_B
+
+
+def _unseen_images(n_rates: int, replicates: int, *names: str) -> np.ndarray:
+    """(B,) of `UNSEEN` images gained and as many lost in each rate: those gained - those lost, resampled."""
+    gained_B, lost_B = np.random.default_rng(seed_for("analysis", "unseen", *names)).poisson(
+        UNSEEN * n_rates, (2, replicates)
+    )
+    return gained_B - lost_B
 
 
 def _worst_groups(study: JointBootstrap, asked: Asked) -> list[str]:
@@ -431,6 +461,7 @@ def _by_group_size(study: JointBootstrap, name: str, asked: Asked) -> Found:
     if len(nulls) > 1:  # data sets are permuted independently of each other
         generator = np.random.default_rng(seed_for("analysis", name, "combine"))
         null = np.mean([generator.choice(values, MAX_PERMUTATIONS) for values in nulls], axis=0)
+        null = np.append(null, found.effect)  # the observed order is one of them: p is never 0
     p = _agree_by_permutation(study, claim, found, null)
     found.parts = parts
     found.sentence = (
@@ -523,13 +554,16 @@ def _decide(study: JointBootstrap, claim: Claim, effect: float, values_B: np.nda
 
 
 def _agree(study: JointBootstrap, claim: Claim, found: Found, p_lower: float, p_upper: float, p: float) -> None:
-    """Keep the verdict only if the one-sided permutation test on its side agrees; p becomes the permutation's."""
+    """Keep the verdict only if the one-sided permutation test on its side agrees; p becomes the larger of both."""
     side = p_upper if found.effect >= 0 else p_lower
     if side > _alpha(study, claim) + 1e-12:
         found.verdict = "inconclusive"
     above = -math.inf if claim.above is None else claim.above
     is_as_claimed = above < found.effect < (math.inf if claim.below is None else claim.below)
-    found.p_for, found.p_against = (p, 1.0) if is_as_claimed else (1.0, p)
+    if is_as_claimed:
+        found.p_for, found.p_against = max(p, found.p_for), 1.0
+    else:
+        found.p_for, found.p_against = 1.0, max(p, found.p_against)
 
 
 def _agree_by_permutation(study: JointBootstrap, claim: Claim, found: Found, null: np.ndarray) -> str:
@@ -664,8 +698,9 @@ def _fewest(level: float) -> int:
     return next(k for k in range(2, 20) if 1 / math.factorial(k) <= 1 - level + 1e-12)
 
 
-def _parts(pairs: pd.DataFrame, observed_P, replicates_BP, level: float) -> list[dict]:
-    """Effect and interval of each model, or, where there are several, of each width."""
+def _parts(pairs: pd.DataFrame, observed_P, replicates_BP, level: float, unseen=None) -> list[dict]:
+    """Effect and interval of each model, or, where there are several, of each width; `unseen(weights_P)` is added to
+    the replicates."""
     by_width = pairs["width"].nunique() > 1
     several = pairs["dataset"].nunique() > 1
     keys = ["width"] if by_width else ["dataset", "model"]
@@ -677,5 +712,9 @@ def _parts(pairs: pd.DataFrame, observed_P, replicates_BP, level: float) -> list
         at, weights = block.index.to_numpy(), equal_weights(block)
         label = key[0] if by_width else model_label(key[1]) + (f", {key[0]}" if several else "")
         values_B = nan_mean(replicates_BP[:, at], weights)
+        if unseen is not None:
+            of_all_P = np.zeros(len(pairs))
+            of_all_P[at] = weights
+            values_B = values_B + unseen(of_all_P)
         parts.append({"label": label, "effect": float(observed_P[at] @ weights), **interval_ends(values_B, level)})
     return parts

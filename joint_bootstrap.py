@@ -238,13 +238,18 @@ def in_blocks(one_block: Callable[[slice], None], replicates: int) -> None:
         pass
 
 
+def n_threads() -> int:
+    """The processors there are, or OMP_NUM_THREADS where it is set; `MAX_THREADS` at most."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(MAX_THREADS, int(asked) if asked.isdecimal() and int(asked) > 0 else available)
+
+
 def in_threads(function: Callable, items: Sequence) -> Iterator:
     """function(item) for each, in order; as many at a time as there are processors (OMP_NUM_THREADS, where it is set).
     What is called runs outside Python's lock for the most part. BLAS gets one thread: several of its own would wait for
     each other."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = min(MAX_THREADS, int(asked) if asked.isdecimal() and int(asked) > 0 else available)
+    threads = n_threads()
     with threadpool_limits(1, user_api="blas"):
         if threads == 1:
             yield from map(function, items)

@@ -6,12 +6,17 @@ with its plain counterpart. From the saved predictions alone.
 
 effect, ci_low, ci_high    the difference as a share; `ci_method` says which interval: tango (accuracies,
                            rate_limits.py), bca or percentile (metrics, significance.py; those of gaps are a
-                           description of spread)
+                           description of spread), mover (worst_group_accuracy: Tango's or mid-p limits combined)
+chosen_on                  of metrics that are about the groups which come out lowest or highest: the images that say
+                           which groups these are. "other half": the worst group of each model is chosen on one half
+                           of the images and measured on the other, both ways, and averaged. "same images": chosen and
+                           measured on all; such gaps are biased upward, so read p_group and not the interval
 gained, lost, p_mcnemar    of accuracies: images that became right, wrong; McNemar's mid-p
 p_max_t                    of groups: that this group loses more than the others, corrected over the groups of a
                            comparison; of accuracy over all: that any group does
 p_swap, p_group            of metrics: swap_test and flip_permutation_test of statistical_tests.py; for fairness against
-                           FP32, p_group is the one
+                           FP32, p_group is the one. Both test the plain metric over all images. `PERMUTATIONS_IN_ALL`
+                           says how small p_group can become
 p_holm, p_bh               p_mcnemar, of gaps p_group, corrected over all comparisons of a kind (the groups are a family
                            of their own, every metric too)
 tost_p                     of accuracies: equivalence within ±margin; `tost_p_every_group`, of accuracy over all: that
@@ -24,11 +29,13 @@ NaN where a column does not apply or is undefined.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
+from contrasts import Effects
 from group_counts import METRICS, paired_count_table
 from joint_bootstrap import TestSet, in_threads, resampled_metrics
 from rate_limits import equivalence_p, midp_interval, paired_difference_interval
@@ -53,7 +60,7 @@ IDENTITY = (
 SIGNIFICANCE_COLUMNS = (
     "cell", "reference_cell", "comparison", *IDENTITY, "attribute", "metric", "group", "n", "effect", "ci_low",
     "ci_high", "gained", "lost", "p_mcnemar", "p_holm", "ci_method", "p_bh", "p_max_t", "p_swap", "p_group", "tost_p",
-    "tost_p_every_group", "flips", "mde", "too_small",
+    "tost_p_every_group", "flips", "mde", "too_small", "chosen_on",
 )  # fmt: skip
 FLIP_COLUMNS = (
     "cell", "reference_cell", *IDENTITY, "attribute", "group", "n", "flips", "flip_rate", "ci_low", "ci_high",
@@ -65,7 +72,11 @@ SEED_COLUMNS = (
     "mean_fp32", "mean", "mean_change", "sd_change", "cohens_d", "hedges_g",
 )  # fmt: skip
 SMOOTH = ("balanced_accuracy",)  # metrics without a maximum or minimum over groups: BCa holds
-GROUP_PERMUTATIONS = 2000  # at most; more of `flip_permutation_test` than of anything else would be spent on waiting
+FIXED = ("accuracy", "balanced_accuracy")  # metrics that are not about the groups that come out lowest or highest
+# Of `flip_permutation_test`, where they are needed: so many for each pair that 1 / (1 + permutations), the smallest p,
+# survives Holm's correction over all comparisons of its kind; in a study of more than a thousand comparisons fewer, so
+# that there are no more than this in all, but this many each
+PERMUTATIONS_IN_ALL, FEWEST_PERMUTATIONS = 40_000_000, 2000
 
 
 def paired_significance(
@@ -73,10 +84,13 @@ def paired_significance(
 ) -> pd.DataFrame:
     """The table described above; `margin` is a share of the images. `rows` are finished cells."""
     found = []
-    for pairs, test_set in _by_data_set(comparisons(rows, test_sets), test_sets):
+    every_pair = comparisons(rows, test_sets)
+    sizes = every_pair["comparison"].value_counts()
+    most = {kind: permutations(size, sizes.sum(), replicates, level) for kind, size in sizes.items()}
+    for pairs, test_set in _by_data_set(every_pair, test_sets):
         tables = _paired_tables(pairs, test_set, test_set.group_N, len(test_set.group_names))
         accuracies = _accuracies(pairs, test_set, tables, replicates, level, margin)
-        metrics = _metrics(pairs, test_set, tables, replicates, level)
+        metrics = _metrics(pairs, test_set, tables, replicates, level, most)
         metrics = metrics[metrics["metric"] != "accuracy"]  # Tango's interval instead
         found.append(pd.concat([accuracies, metrics]))
     return _arranged(found, rows, SIGNIFICANCE_COLUMNS)
@@ -170,6 +184,13 @@ def comparisons(rows: pd.DataFrame, test_sets: Mapping[str, TestSet]) -> pd.Data
     return pairs.reset_index(drop=True)
 
 
+def permutations(n_corrected: int, n_pairs: int, replicates: int, level: float) -> int:
+    """How many `flip_permutation_test` may draw for one of `n_corrected` pairs that are corrected together, among
+    `n_pairs` in all: see `PERMUTATIONS_IN_ALL`. Few `replicates`, as the config asks for, lower the least number."""
+    needed = math.ceil(round(1.1 * n_corrected / (1 - level), 6))  # the smallest p times their number is 0.9 alpha
+    return max(min(replicates, FEWEST_PERMUTATIONS), min(needed, PERMUTATIONS_IN_ALL // n_pairs))
+
+
 # ---------------------------------------------------------------------------------------------------------- of accuracy
 
 
@@ -231,7 +252,12 @@ def _flips(tables_PGLFQ: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _metrics(
-    pairs: pd.DataFrame, test_set: TestSet, tables_PGLFQ: np.ndarray, replicates: int, level: float
+    pairs: pd.DataFrame,
+    test_set: TestSet,
+    tables_PGLFQ: np.ndarray,
+    replicates: int,
+    level: float,
+    most: Mapping[str, int],
 ) -> pd.DataFrame:
     """One row a (pair, metric) over all images: effect, bootstrap interval, permutation p-values."""
     sizes_G = tables_PGLFQ[0].sum(axis=(1, 2, 3))
@@ -241,6 +267,7 @@ def _metrics(
     at_P, reference_P = (pairs[name].map(place).to_numpy() for name in ("cell", "reference_cell"))
     smooth = [METRICS.index(metric) for metric in SMOOTH]
     observed_MC, values_MCB = resampled_metrics(test_set, cells, replicates, eligible_G)
+    worst_P3 = worst_group_changes(pairs, test_set, level)
 
     def one_pair(p: int) -> list[dict]:
         counts = tables_PGLFQ[p]
@@ -254,18 +281,57 @@ def _metrics(
         names = (pairs["cell"].iat[p], pairs["reference_cell"].iat[p])
         generator = np.random.default_rng(seed_for("analysis", "permutations", *names))
         p_swap = swap_test(counts, eligible_G, replicates, generator=generator)
-        p_group = flip_permutation_test(counts, eligible_G, min(replicates, GROUP_PERMUTATIONS), generator=generator)
+        p_group = flip_permutation_test(counts, eligible_G, most[pairs["comparison"].iat[p]], generator=generator)
         found = []
         for m, metric in enumerate(METRICS):
             entry = {"pair": p, "metric": metric, "group": "all", "n": test_set.n, "attribute": test_set.attribute}
             entry |= {"effect": exact_M[m], "ci_low": ends_M2[m, 0], "ci_high": ends_M2[m, 1]}
             entry |= {"ci_method": "bca" if m in smooth else "percentile", "too_small": False}
+            entry["chosen_on"] = None if metric in FIXED else "same images"
+            if metric == "worst_group_accuracy":
+                entry |= dict(zip(("effect", "ci_low", "ci_high"), worst_P3[p], strict=True))
+                entry |= {"ci_method": "mover", "chosen_on": "other half"}
             found.append(entry | {"p_swap": p_swap[metric], "p_group": p_group[metric]})
         return found
 
-    found = [entry for p in range(len(pairs)) for entry in one_pair(p)]
+    found = [entry for entries in in_threads(one_pair, range(len(pairs))) for entry in entries]
     table = pd.DataFrame(found)
     return table.join(pairs[["cell", "reference_cell", "comparison"]], on="pair")
+
+
+def worst_group_changes(pairs: pd.DataFrame, test_set: TestSet, level: float) -> np.ndarray:
+    """(P, 3) worst-group accuracy of `cell` - `reference_cell` and its interval, cross-fitted as in contrasts.py: each
+    model's worst group is chosen on one half of the images and measured on the other, both ways, averaged.
+
+    The halves are disjoint images. On each it is a paired difference where both models have the same worst group
+    (Tango's limits) and a difference of two independent rates where they have not (mid-p limits of each); limits of
+    sums are combined as Zou & Donner do (MOVER, 2008). Given the chosen groups, like every interval beside it.
+    """
+    effects = Effects(test_set)
+    if not len(effects.groups):
+        return np.full((len(pairs), 3), np.nan)
+    cells = list(dict.fromkeys([*pairs["cell"], *pairs["reference_cell"]]))
+    worst = {cell: effects.worst_groups(cell) for cell in cells}
+    right = {cell: test_set.correct(cell) for cell in cells}
+    codes = {(1 - half) * effects.n_groups + g for groups in worst.values() for half, g in enumerate(groups)}
+    members = {code: np.flatnonzero(effects.code_N == code) for code in codes}  # the images to measure on
+    is_same, gained, lost, hits, n, other_hits, other_n = np.zeros((7, len(pairs), 2), dtype=np.int64)
+    for p, names in enumerate(zip(pairs["cell"], pairs["reference_cell"], strict=True)):
+        for half in (0, 1):
+            chosen = [(1 - half) * effects.n_groups + worst[name][half] for name in names]
+            hit_N, other_N = (right[name][members[code]] for name, code in zip(names, chosen, strict=True))
+            at = p, half
+            hits[at], n[at], other_hits[at], other_n[at] = hit_N.sum(), len(hit_N), other_N.sum(), len(other_N)
+            if chosen[0] == chosen[1]:
+                is_same[at], gained[at], lost[at] = 1, (hit_N & ~other_N).sum(), (other_N & ~hit_N).sum()
+    rate, other_rate = hits / n, other_hits / other_n
+    difference = rate - other_rate
+    (low, high), (other_low, other_high) = midp_interval(hits, n, level), midp_interval(other_hits, other_n, level)
+    paired_low, paired_high = paired_difference_interval(gained, lost, n, level)
+    below = np.where(is_same, difference - paired_low, np.hypot(rate - low, other_high - other_rate))
+    above = np.where(is_same, paired_high - difference, np.hypot(high - rate, other_rate - other_low))
+    mean = difference.mean(axis=1)
+    return np.stack([mean, mean - np.hypot(*below.T) / 2, mean + np.hypot(*above.T) / 2], axis=1)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

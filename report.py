@@ -23,10 +23,12 @@ from tables import LONG, Places, TableSection, markdown_escape, one_line, to_mar
 from tables import MISSING as MISSING
 from tables import number as number
 from winners import COLUMNS as TEST_COLUMNS
+from wording import count
 
 QUESTION = "What does quantizing a vision model do to each demographic group, and what repairs it at the least cost?"
 REPRODUCE = "config.yaml is the resolved configuration saved beside the results:"
 REPRODUCE_COMMAND = "python main.py --phase all --config config.yaml --results-dir NEW_FOLDER"
+P_VALUES = {"p_holm": " (Holm-corrected over the hypotheses)", "p": " (not corrected)"}
 NAMED = 100  # cells that summary.md names of each kind (failed, missing, left over); the page names all
 
 
@@ -95,6 +97,26 @@ def run_sentences(study: Study) -> list[str]:
     return sentences
 
 
+def evidence(hypothesis: Mapping[str, Any]) -> str:
+    """The p-values and the numbers of a hypothesis, beside its verdict; empty where it was not tested."""
+    if hypothesis.get("verdict") == "not tested":
+        return ""
+    told = [
+        f"p {_p_text(hypothesis[name])}{note}" for name, note in P_VALUES.items() if _is_number(hypothesis.get(name))
+    ]
+    nouns = {"n_comparisons": "comparison", "n_models": "model", "n_seeds": "seed", "n_images": "test image"}
+    told += [count(int(hypothesis[name]), noun) for name, noun in nouns.items() if _is_number(hypothesis.get(name))]
+    return f"{', '.join(told)}." if told else ""
+
+
+def _p_text(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and not pd.isna(value)
+
+
 def interval_note(study: Study) -> str:
     return (
         f"Intervals are paired bootstrap intervals over test images ({study.replicates} replicates), given the trained "
@@ -131,7 +153,8 @@ def summary_markdown(study: Study) -> str:
     lines += ["", escape(f"{RULE} The page report.html answers for other bounds."), ""]
     lines += ["## Hypotheses", ""]
     for row in study.hypotheses.itertuples():
-        lines.append(f"- **{escape(row.statement)}: {escape(row.verdict)}.** {escape(row.sentence)}")
+        told = " ".join(text for text in (row.sentence, evidence(row._asdict())) if text)
+        lines.append(f"- **{escape(row.statement)}: {escape(row.verdict)}.** {escape(told)}")
     lines += ["", escape(interval_note(study)), ""]
     for section in study.sections:
         lines += [f"## {escape(section.title)}", "", escape(section.note), ""]
@@ -185,7 +208,7 @@ def page_parts(study: Study, images: Mapping[str, bytes]) -> dict[str, Any]:
         "recommended": recommendation_sentences(study.configurations, study.bounds),
         "rule": RULE,
         "configurations": len(study.configurations),
-        "hypotheses": study.hypotheses.to_dict("records"),
+        "hypotheses": [row | {"evidence": evidence(row)} for row in study.hypotheses.to_dict("records")],
         "interval_note": interval_note(study),
         "sections": [_section(section) for section in study.sections],
         "results": {**_section(results, result_values(study.rows)), "choose": ("data set", "model", "seed", "status")}

@@ -30,6 +30,10 @@ from group_counts import METRICS
 
 PERMUTATION_BLOCK = 1000  # permutations by one generator, so that they do not depend on what runs side by side
 CHUNK = 200_000  # numbers held at once for the max-T test
+ENOUGH = 100  # permutations as far out as the observation after which its p-value is known well enough: to a tenth
+PILOT = 500  # permutations that tell where the middle of the null distribution is
+FIRST_BATCH, LARGEST_BATCH = 500, 8000  # permutations drawn at once; the second bounds the memory
+FEW = 25  # images to draw, below which it is quicker one by one
 TIE = 5e-7  # two changes of a metric closer than this are the same up to float32's rounding
 
 # --- one group, two models --------------------------------------------------------------------------------------------
@@ -50,44 +54,93 @@ def mcnemar_midp(gained, lost):
 
 
 def swap_test(
-    counts_GLFQ: np.ndarray, eligible_G: np.ndarray, replicates: int, *, generator: np.random.Generator
+    counts_GLFQ: np.ndarray,
+    eligible_G: np.ndarray,
+    most: int,
+    *,
+    generator: np.random.Generator,
+    enough: int = ENOUGH,
 ) -> dict[str, float]:
-    """Two-sided p for each metric: the two models' predictions change places at random, image by image."""
+    """Two-sided p for each metric: the two models' predictions change places at random, image by image; `most` times at
+    most, see `_sequential_p`."""
     counts = np.asarray(counts_GLFQ)
-    fp32_GLKB, quantized_GLKB = np.zeros((2, *counts.shape[:3], replicates), dtype=np.float32)
-    agreed_GLK1 = np.diagonal(counts, axis1=2, axis2=3)[..., None]
-    fp32_GLKB += agreed_GLK1
-    quantized_GLKB += agreed_GLK1
     both = counts + counts.swapaxes(2, 3)
-    for g, label, f, q in np.argwhere(both):
-        if f < q:  # of the images on which one model says f and the other q, each way round with probability 1/2
+    kinds = [at for at in np.argwhere(both).tolist() if at[2] < at[3]]  # one model says f and the other q
+    agreed_GLK1 = np.diagonal(counts, axis1=2, axis2=3)[..., None].astype(np.float32)
+
+    def swapped(size: int) -> np.ndarray:
+        fp32_GLKB, quantized_GLKB = (np.repeat(agreed_GLK1, size, axis=-1) for _ in range(2))
+        for g, label, f, q in kinds:  # each way round with probability 1/2
             n = int(both[g, label, f, q])
-            first_B = fair_coins(n, replicates, generator)
+            first_B = fair_coins(n, size, generator)
             for table, of_f, of_q in ((fp32_GLKB, first_B, n - first_B), (quantized_GLKB, n - first_B, first_B)):
                 table[g, label, f] += of_f
                 table[g, label, q] += of_q
-    null_MB = table_metrics(quantized_GLKB, eligible_G) - table_metrics(fp32_GLKB, eligible_G)
-    return _two_sided(_change(counts, eligible_G), null_MB, symmetric=True)
+        return table_metrics(quantized_GLKB, eligible_G) - table_metrics(fp32_GLKB, eligible_G)
+
+    distance_M = np.abs(_change(counts, eligible_G))  # the null distribution is symmetric about 0
+    return _sequential_p(distance_M, lambda size: np.abs(swapped(size)), most, enough)
 
 
 def flip_permutation_test(
-    counts_GLFQ: np.ndarray, eligible_G: np.ndarray, replicates: int, *, generator: np.random.Generator
+    counts_GLFQ: np.ndarray,
+    eligible_G: np.ndarray,
+    most: int,
+    *,
+    generator: np.random.Generator,
+    enough: int = ENOUGH,
 ) -> dict[str, float]:
     """Two-sided p for each metric: quantized predictions are permuted over the eligible groups among images of the same
-    label and FP32 prediction. NaN for the metrics that no such permutation changes (those of all images together)."""
+    label and FP32 prediction, `most` times at most, see `_sequential_p`. NaN for the metrics that no such permutation
+    changes (those of all images together).
+
+    Far out is what lies as far from the null distribution's mean as the observation does; the mean is that of `PILOT`
+    permutations which serve for nothing else.
+    """
     counts = np.asarray(counts_GLFQ)[eligible_G]
     if len(counts) < 2:
         return dict.fromkeys(METRICS, np.nan)
-    n_classes, everyone_G = counts.shape[1], np.ones(len(counts), dtype=bool)
-    quantized_GLKB = np.zeros((*counts.shape[:3], replicates), dtype=np.float32)
-    for label in range(n_classes):
-        for f in range(n_classes):
-            n_G, n_Q = counts[:, label, f].sum(axis=1), counts[:, label, f].sum(axis=0)
-            quantized_GLKB[:, label] += _permuted_table(n_G, n_Q, replicates, generator)
+    everyone_G = np.ones(len(counts), dtype=bool)
     fp32_M1 = table_metrics(counts.sum(axis=3)[..., None].astype(np.float32), everyone_G)
-    null_MB = table_metrics(quantized_GLKB, everyone_G) - fp32_M1
-    p = _two_sided(_change(counts, everyone_G), null_MB, symmetric=False)
-    return p | {"accuracy": np.nan, "balanced_accuracy": np.nan}
+
+    def permuted(size: int) -> np.ndarray:
+        return table_metrics(_permuted_predictions(counts, size, generator), everyone_G) - fp32_M1
+
+    pilot_MB = permuted(PILOT)
+    is_defined_MB = ~np.isnan(pilot_MB)
+    with np.errstate(invalid="ignore"):
+        centre_M = np.where(is_defined_MB, pilot_MB, 0).sum(axis=1, dtype=float) / is_defined_MB.sum(axis=1)
+    distance_M = np.abs(_change(counts, everyone_G) - centre_M)
+    distance_M[[METRICS.index("accuracy"), METRICS.index("balanced_accuracy")]] = np.nan
+    return _sequential_p(distance_M, lambda size: np.abs(permuted(size) - centre_M[:, None]), most, enough)
+
+
+def _sequential_p(
+    distance_M: np.ndarray, null_distances: Callable[[int], np.ndarray], most: int, enough: int
+) -> dict[str, float]:
+    """p for each metric, of how far out it lies under permutations; NaN where `distance_M` is.
+
+    Permutations are drawn until, for every metric, `enough` of them lie as far out, and `most` at most: Besag &
+    Clifford's sequential p-value (1991), enough / (the number drawn when that many did), which is as valid as that of a
+    fixed number. So large ones cost few permutations, and small ones get the many that a correction over hundreds of
+    comparisons asks for. `null_distances(B)` draws B more, (M, B).
+    """
+    drawn_M, reached_M = np.zeros((2, len(METRICS)), dtype=np.int64)  # permutations in which the metric is defined
+    p_M, total, size = np.full(len(METRICS), np.nan), 0, FIRST_BATCH
+    while total < most and (undecided_M := np.isnan(p_M) & ~np.isnan(distance_M)).any():
+        size = min(size, most - total)
+        null_MB = null_distances(size)
+        for m in np.flatnonzero(undecided_M):
+            null_B = null_MB[m][~np.isnan(null_MB[m])]
+            far_B = np.flatnonzero(null_B >= distance_M[m] - TIE)
+            if reached_M[m] + len(far_B) >= enough:
+                p_M[m] = enough / (drawn_M[m] + far_B[enough - reached_M[m] - 1] + 1)
+            reached_M[m] += len(far_B)
+            drawn_M[m] += len(null_B)
+        total, size = total + size, min(2 * size, LARGEST_BATCH)
+    p_M = np.where(np.isnan(p_M), (1 + reached_M) / (1 + drawn_M), p_M)
+    p_M = np.where(np.isnan(distance_M) | (drawn_M == 0), np.nan, p_M)
+    return dict(zip(METRICS, p_M.tolist(), strict=True))
 
 
 def fair_coins(n: int, size: int, generator: np.random.Generator) -> np.ndarray:
@@ -101,6 +154,17 @@ def fair_coins(n: int, size: int, generator: np.random.Generator) -> np.ndarray:
     return np.bitwise_count(words).sum(axis=0, dtype=np.int64)
 
 
+def _permuted_predictions(counts_GLFQ: np.ndarray, size: int, generator) -> np.ndarray:
+    """(G, L, Q, B) tables of the quantized predictions, permuted over the groups within each (label, FP32 one)."""
+    n_classes = counts_GLFQ.shape[1]
+    quantized_GLQB = np.zeros((*counts_GLFQ.shape[:3], size), dtype=np.float32)
+    for label in range(n_classes):
+        for f in range(n_classes):
+            of_G, of_Q = counts_GLFQ[:, label, f].sum(axis=1), counts_GLFQ[:, label, f].sum(axis=0)
+            quantized_GLQB[:, label] += _permuted_table(of_G, of_Q, size, generator)
+    return quantized_GLQB
+
+
 def _permuted_table(n_G: np.ndarray, n_Q: np.ndarray, replicates: int, generator) -> np.ndarray:
     """(G, Q, B) tables with the given margins, as random permutations make them."""
     tables_GQB = np.zeros((len(n_G), len(n_Q), replicates), dtype=np.float32)
@@ -111,7 +175,8 @@ def _permuted_table(n_G: np.ndarray, n_Q: np.ndarray, replicates: int, generator
         if q == most:
             continue
         if is_first:
-            drawn_BG = generator.multivariate_hypergeometric(n_G, n_Q[q], size=replicates, method="marginals")
+            method = "count" if n_Q[q] < FEW else "marginals"  # one by one, or group by group
+            drawn_BG = generator.multivariate_hypergeometric(n_G, n_Q[q], size=replicates, method=method)
             drawn_GB, is_first = drawn_BG.T, False
         else:
             drawn_GB = _hypergeometric(rest_GB, int(n_Q[q]), generator)
@@ -136,20 +201,6 @@ def _change(counts_GLFQ: np.ndarray, eligible_G: np.ndarray) -> np.ndarray:
     """(M,) quantized - FP32, in the precision of the permuted ones."""
     quantized, fp32 = (counts_GLFQ.sum(axis=axis)[..., None].astype(np.float32) for axis in (2, 3))
     return (table_metrics(quantized, eligible_G) - table_metrics(fp32, eligible_G))[:, 0]
-
-
-def _two_sided(observed_M: np.ndarray, null_MB: np.ndarray, symmetric: bool) -> dict[str, float]:
-    found = {}
-    for name, observed, null_B in zip(METRICS, observed_M, null_MB, strict=True):
-        null_B = null_B[~np.isnan(null_B)]
-        if np.isnan(observed) or not len(null_B):
-            found[name] = np.nan
-        elif symmetric:
-            found[name] = float((1 + np.sum(np.abs(null_B) >= abs(observed) - TIE)) / (1 + len(null_B)))
-        else:
-            tails = np.sum(null_B >= observed - TIE), np.sum(null_B <= observed + TIE)
-            found[name] = min(1.0, float(2 * (1 + min(tails)) / (1 + len(null_B))))
-    return found
 
 
 # --- does any group lose more -----------------------------------------------------------------------------------------

@@ -134,8 +134,8 @@ def p_text(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def count(n: int, noun: str) -> str:
-    return f"{n} {noun}" + ("" if n == 1 else "s")
+def count(n: int, noun: str, of_many: str | None = None) -> str:
+    return f"{n} {noun if n == 1 else of_many or noun + 's'}"
 
 
 def and_list(names: Sequence[str]) -> str:

@@ -6,18 +6,21 @@ A study of 500 finished cells is written into a temporary folder through Store's
 images differ in difficulty, models share it, and a quantized cell redraws the answer to some images, more at fewer
 bits. Two attributes, of 2 and 7 values, make 14 intersectional groups; the metrics are over the one with 7. Then
 `phases.analysis.analyse` runs in a process of its own. Times are of each step until the next one begins, on the clock
-and of the processors (all threads; what the step would take alone on one processor, whatever else the machine does).
+and of the processors (all threads and processes; what the step would take alone on one processor, whatever else the
+machine does).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,24 +76,53 @@ def main() -> None:
 
 
 def analyse(config: Config, folder: Path) -> None:
-    import resource
-
     from phases import analysis
 
     planned = json.loads((folder / "planned.json").read_text())
+    watcher = MemoryWatcher()
     started, steps = clocks(), []
     analysis.analyse(config, Store(folder), planned, lambda *told: steps.append((told[2], *clocks())))
     print("| step | seconds | processor seconds |\n|---|---|---|")
     for (what, *begun), (_, *until) in itertools.pairwise(steps):
         print(f"| {what} | {until[0] - begun[0]:.1f} | {until[1] - begun[1]:.1f} |")
     print(f"| all | {steps[-1][1] - started[0]:.1f} | {steps[-1][2] - started[1]:.1f} |")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    watcher.stop()
+    peak = watcher.peak / 2**30
     cores = len(os.sched_getaffinity(0))
     print(f"peak memory {peak:.2f} GiB; {cores} cores, load {os.getloadavg()[0]:.1f} (1 would be one busy core)")
 
 
+class MemoryWatcher:
+    """The largest sum of the memory of this process and its children, looked at ten times a second. Shared pages count
+    in proportion (PSS). Linux alone tells that; elsewhere it is 0."""
+
+    def __init__(self):
+        self.peak, self._is_over = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(0.1):
+            children = [each.read_text().split() for each in Path("/proc/self/task").glob("*/children")]
+            total = sum(_memory(process) for process in ("self", *itertools.chain(*children)))
+            self.peak = max(self.peak, total)
+
+
+def _memory(process: str) -> int:
+    """Bytes; 0 of a process that has just ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return 1024 * int(line.split()[1])
+    return 0
+
+
 def clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
+    return time.perf_counter(), sum(os.times()[:4])  # of this process and of those that it has waited for
 
 
 def write_study(root: Path, config: Config, n_cells: int, n: int) -> dict[str, list[str]]:

@@ -28,7 +28,6 @@ from figures.style import (
     nothing,
     of_dataset,
     paged,
-    percent,
     plain,
     seeds_note,
     short,
@@ -109,9 +108,10 @@ def fairness_heatmap(
 ) -> Page:
     """Change of the metrics against FP32 in points, of each model at each setting; blue is better, red is worse.
 
-    Colours are linear within one point and logarithmic beyond. `differences` are rows of significance.csv: where a
-    paired interval (of `level`) excludes 0 the number is bold (of several seeds: the mean of their intervals). The FP32
-    value, in %, stands behind the model's name.
+    Colours are linear within one point and logarithmic beyond. `differences` are rows of significance.csv: where the
+    permutation test, Holm-corrected, says in every seed that quantization treated the groups unequally (p_holm at most
+    1 - `level`) the number is bold. Not where an interval excludes 0: the interval of a gap near ties does so by
+    itself. The FP32 value, in %, stands behind the model's name.
     """
     rows = labelled(rows)
     quantized = rows[rows["weight_bits"].notna() | rows["strategy"].notna()] if len(rows) else rows
@@ -121,10 +121,12 @@ def fairness_heatmap(
     fp32 = finished(rows)
     fp32 = fp32[(fp32["method"] == "none") & fp32["strategy"].isna()]
     told = "Change against FP32 in points (behind the models: FP32's value in %)"
-    told += f"; bold: the {percent(level)} paired interval excludes 0" if sure else ""
+    if sure:
+        told += "; bold: groups were treated unequally (flips permuted over groups, Holm-corrected "
+        told += f"p ≤ {1 - level:.2g}{' in every seed' if rows['seed'].nunique() > 1 else ''})"
     return _pages_of_panels(
         quantized,
-        lambda rows: [_change_panel(rows, fp32, metric, sure) for metric in metrics],
+        lambda rows: [_change_panel(rows, fp32, metric, sure, 1 - level) for metric in metrics],
         _change_scale,
         told,
         page,
@@ -143,7 +145,7 @@ def _accuracy_scale(panels: list[Panel]) -> Scale:
     return Scale(Normalize(low - 0.5, high + 0.5), "cividis", "accuracy (%)")
 
 
-def _change_panel(rows: pd.DataFrame, fp32: pd.DataFrame, metric: str, sure: dict[tuple, tuple]) -> Panel:
+def _change_panel(rows: pd.DataFrame, fp32: pd.DataFrame, metric: str, sure: dict[tuple, float], alpha: float) -> Panel:
     column = f"delta_{metric}"
     change = 100 * rows[column].astype(float) if column in rows else pd.Series(np.nan, rows.index)
     names, values = _grid(rows, change)
@@ -152,14 +154,10 @@ def _change_panel(rows: pd.DataFrame, fp32: pd.DataFrame, metric: str, sure: dic
     where = {name: i for i, name in enumerate(names)}
     if sure:
         done = rows[is_done(rows)]
-        # of several seeds the mean of their intervals, without ends where one has none
-        without = (-np.inf, np.inf)
-        ends = np.array([sure.get((cell, metric), without) for cell in done["cell"]], dtype=float)
-        ends = np.where(np.isnan(ends), without, ends)
+        largest = pd.Series([sure.get((cell, metric), np.nan) for cell in done["cell"]], done.index, dtype=float)
         keys = [done["dataset"], done["model"], done["setting"]]
-        means = pd.DataFrame(ends, done.index, ["low", "high"]).groupby(keys, sort=False).mean()
-        for (dataset, model, setting), (low, high) in zip(means.index, means.to_numpy(), strict=True):
-            bold[where[dataset, model], column_of[setting]] = low > 0 or high < 0
+        for (dataset, model, setting), p in largest.fillna(1.0).groupby(keys, sort=False).max().items():
+            bold[where[dataset, model], column_of[setting]] = p <= alpha + 1e-12
     before = 100 * fp32.groupby(["dataset", "model"], sort=False)[metric].mean()
     labels = [
         f"{label} ({before[name]:.1f})" if name in before.index and np.isfinite(before[name]) else label
@@ -179,13 +177,13 @@ def _change_scale(panels: list[Panel]) -> Scale:
     return Scale(SymLogNorm(1.0, linscale=1.0, vmin=-largest, vmax=largest), "RdBu", "points worse | better", ticks)
 
 
-def _sure(differences: pd.DataFrame | None) -> dict[tuple, tuple]:
-    """(cell, metric) -> the interval of its difference from FP32 over all images."""
+def _sure(differences: pd.DataFrame | None) -> dict[tuple, float]:
+    """(cell, metric) -> the corrected p of its difference from FP32 over all images."""
     if differences is None or not len(differences):
         return {}
     block = differences[(differences["comparison"] == "fp32") & (differences["group"] == "all")]
     keys = zip(block["cell"], block["metric"], strict=True)
-    return dict(zip(keys, zip(block["ci_low"], block["ci_high"], strict=True), strict=True))
+    return dict(zip(keys, block["p_holm"], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------- from rows to a grid

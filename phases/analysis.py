@@ -44,6 +44,7 @@ from store import (
     write_json,
     write_text,
 )
+from wording import count
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what is being done)
 
@@ -402,19 +403,19 @@ def _group_sentence(lead: str, setting: str, rows: pd.DataFrame, significance: p
     if block.empty:
         return []
     sure = block[block["p_holm"] <= alpha]
-    worst = block.loc[block["effect"].idxmin()]
-    attribute = worst["attribute"]
+    attribute = block["attribute"].iloc[0]
+    large = block[~block["too_small"].astype(bool)]  # of a group of one image every loss is of 100 points
     sentence = (
         f"{lead}{setting}, group by group of {attribute}: of {len(block)} differences from FP32, "
-        f"{int((sure['effect'] < 0).sum())} are losses and {int((sure['effect'] > 0).sum())} gains at corrected p ≤ "
-        f"{alpha:.2g} "
-        f"(McNemar, Holm)."
+        f"{count(int((sure['effect'] < 0).sum()), 'is a loss', 'are losses')} and "
+        f"{count(int((sure['effect'] > 0).sum()), 'a gain', 'gains')} at corrected p ≤ {alpha:.2g} (McNemar, Holm)."
     )
-    if worst["effect"] < 0:
+    worst = large.loc[large["effect"].idxmin()] if len(large) else None
+    if worst is not None and worst["effect"] < 0:
         sentence += (
             f" The largest loss is {100 * worst['effect']:+.1f} [{100 * worst['ci_low']:+.1f}, "
             f"{100 * worst['ci_high']:+.1f}] points "
-            f"({worst['group']}, n = {worst['n']}, {model_label(worst['model'])}); being the largest of {len(block)}, "
+            f"({worst['group']}, n = {worst['n']}, {model_label(worst['model'])}); being the largest of {len(large)}, "
             "it is "
             "overstated by selection."
         )

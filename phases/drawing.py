@@ -2,14 +2,21 @@
 their files.
 
 Every figure is a PNG and a vector file (PDF or SVG) under `analysis/`, its pages NAME.png, NAME-2.png, … The files
-hold no date, so that the same inputs give the same bytes.
+hold no date, so that the same inputs give the same bytes. Drawing keeps Python's lock, so that the figures of a large
+study are drawn in two processes.
 """
 
 from __future__ import annotations
 
 import io
+import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -21,7 +28,7 @@ import cross_dataset
 import visualizations
 from figures.style import Page, all_pages
 from group_calibration import RELIABILITY_COLUMNS, reliability
-from joint_bootstrap import TestSet
+from joint_bootstrap import TestSet, n_threads
 from result_rows import main_settings, with_labels
 from store import Store, write_bytes
 
@@ -49,11 +56,30 @@ METADATA = {
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
     "svg": {"Date": None, "Creator": None},
 }
+LARGE = 150  # result rows from which on a second process, which takes two seconds to start, saves time
+HELPERS = ("probability_calibration", "group_flip_rates", "fairness_heatmap")  # drawn there: about half of the work
+HELPER = "import sys; sys.path[:0] = [{root!r}]; from phases.drawing import help_drawing; help_drawing()"
 # fonts as TrueType, which printers and publishers take; ids that do not change from run to run; text as text
 SAVING = {
     "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "figures", "figure.autolayout": False,
     "figure.constrained_layout.use": False, "savefig.bbox": None,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StudyFigures:
+    """What to draw; iterating draws it: (name, page) of every figure, one at a time, since each is large in memory."""
+
+    plans: Mapping[str, tuple[Callable[..., Page], list, dict]]  # name -> the function, what it draws, how
+    are_many: bool
+
+    def __iter__(self) -> Iterator[tuple[str, Page]]:
+        for name, (draw, tables, options) in self.plans.items():
+            for page in all_pages(draw, *tables, **options):
+                yield name, page
+
+    def only(self, names: Sequence[str]) -> StudyFigures:
+        return StudyFigures({name: plan for name, plan in self.plans.items() if name in names}, False)
 
 
 def study_figures(
@@ -68,8 +94,8 @@ def study_figures(
     flips: pd.DataFrame | None = None,
     transfer: pd.DataFrame | None = None,
     sensitivity: pd.DataFrame | None = None,
-) -> Iterator[tuple[str, Page]]:
-    """(name, page) of every figure, in the order of the report; one at a time, since each is large in memory.
+) -> StudyFigures:
+    """Every figure, in the order of the report.
 
     `rows` are the planned cells that ended, `groups` the group rows to show, the others as in the figures' functions;
     `level` is that of their intervals.
@@ -93,25 +119,19 @@ def study_figures(
         draws["cross_dataset"] = (cross_dataset.cross_dataset, [transfer], {})
     if sensitivity is not None and sensitivity["cell"].isin(rows.loc[rows["status"] == "done", "cell"]).any():
         draws["layer_sensitivity"] = (v.layer_sensitivity, [sensitivity, rows], {})
-    for name in CAPTIONS:
-        if name in draws:
-            draw, tables, options = draws[name]
-            for page in all_pages(draw, *tables, **options):
-                yield name, page
+    return StudyFigures({name: draws[name] for name in CAPTIONS if name in draws}, len(rows) >= LARGE)
 
 
 def save_figures(
-    store: Store, drawn: Iterator[tuple[str, Page]], vector: str
+    store: Store, drawn: StudyFigures | Iterator[tuple[str, Page]], vector: str
 ) -> tuple[list[tuple[str, str]], dict[str, bytes]]:
     """Write each page as PNG and as `vector` and remove the pages of an earlier analysis that there are no longer.
 
     Returns [(file name of the PNG, caption), …] and the PNG bytes by file name.
     """
     captions, images, written = [], {}, set()
-    for name, figure in drawn:
-        page, n_pages = getattr(figure, "page", 1), getattr(figure, "n_pages", 1)
+    for name, page, n_pages, files in _in_two_processes(drawn, vector):
         stem = name if page == 1 else f"{name}-{page}"
-        files = rendered(figure, ("png", vector))
         for suffix, data in files.items():
             write_bytes(store.analysis / f"{stem}.{suffix}", data)
             written.add(f"{stem}.{suffix}")
@@ -137,6 +157,42 @@ def rendered(figure: Figure, formats: Sequence[str] = ("png",), dpi: float | Non
             figure.savefig(buffer, format=suffix, dpi=dpi or FIGURE_DPI, metadata=METADATA[suffix])
             files[suffix] = buffer.getvalue()
     return files
+
+
+def _in_two_processes(drawn: StudyFigures | Iterator[tuple[str, Page]], vector: str) -> Iterator[tuple]:
+    """(name, page, pages, {suffix: bytes}) of each page; those of many figures from two processes, in the same order
+    and the same bytes."""
+    if not isinstance(drawn, StudyFigures) or not drawn.are_many or n_threads() < 2:
+        yield from _files(drawn, vector)
+        return
+    theirs, answer = drawn.only(HELPERS), []
+    command = [sys.executable, "-c", HELPER.format(root=str(Path(__file__).resolve().parent.parent))]
+    asked = pickle.dumps((theirs, vector, FIGURE_DPI))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as helper:
+        listener = threading.Thread(target=lambda: answer.extend(helper.communicate(asked)))
+        listener.start()
+        try:
+            ours = list(_files(drawn.only([name for name in drawn.plans if name not in HELPERS]), vector))
+            listener.join()
+        except BaseException:
+            helper.kill()
+            raise
+    if helper.returncode:
+        raise RuntimeError(f"drawing {', '.join(theirs.plans)} failed:\n{answer[1].decode(errors='replace')}")
+    place = {name: i for i, name in enumerate(drawn.plans)}
+    yield from sorted(ours + pickle.loads(answer[0]), key=lambda page: (place[page[0]], page[1]))
+
+
+def help_drawing() -> None:
+    """What the second process does: figures from standard input, their files to standard output."""
+    figures, vector, dpi = pickle.load(sys.stdin.buffer)
+    sys.stdout.buffer.write(pickle.dumps(list(_files(figures, vector, dpi))))
+
+
+def _files(drawn: StudyFigures | Iterator[tuple[str, Page]], vector: str, dpi: float | None = None) -> Iterator[tuple]:
+    for name, figure in drawn:
+        page, n_pages = getattr(figure, "page", 1), getattr(figure, "n_pages", 1)
+        yield name, page, n_pages, rendered(figure, ("png", vector), dpi)
 
 
 # --------------------------------------------------------------------------------------- tables that only figures need

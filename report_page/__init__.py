@@ -29,6 +29,7 @@ from tables import Places, number, numeric_columns, with_interval
 
 FOLDER = Path(__file__).parent
 ROWS = 50  # of a table at a time; a longer one is paged
+WORDY = 40  # letters from which on a text wraps in its cell; a table of several such columns is stacked on a phone
 SET_UP = 'document.documentElement.className = "js";'  # before anything is drawn: what needs scripts is shown
 # What would end the script element, start a comment in it, or end a line in JavaScript.
 JSON_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
@@ -110,8 +111,9 @@ def table_parts(table: pd.DataFrame, bold: Places, label: str, values: Mapping[s
         numbers = [f"{value:.6g}" if math.isfinite(value) else None for value in values.get(name, ())]
         numbers = numbers or [None] * len(texts)
         columns.append([(text, (row, name) in bold, numbers[row]) for row, text in enumerate(texts)])
-    heads = list(zip(names, numeric_columns(table), strict=True))
-    return {"label": label, "columns": heads, "rows": list(zip(*columns, strict=True))}
+    wordy = [any(len(str(text)) > WORDY for text, _, _ in cells) for cells in columns]
+    heads = list(zip(names, numeric_columns(table), wordy, strict=True))
+    return {"label": label, "columns": heads, "rows": list(zip(*columns, strict=True)), "is_stacked": sum(wordy) > 1}
 
 
 def to_json(value: Any) -> str:

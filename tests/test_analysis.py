@@ -231,3 +231,14 @@ def test_two_data_sets_are_told_apart(tmp_path, low_resolution):
 def test_the_analysis_does_not_import_torch():
     code = "import sys; import phases.analysis; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0
+
+
+def test_the_largest_loss_told_is_of_a_group_that_is_large_enough(tmp_path, low_resolution):
+    """Three male images, all lost at 4 bits: no headline of 100 points."""
+    loss = lambda cell, g: {8: 0.0, 4: 1.0 if g >= 2 else 0.05}[cell.weight_bits]  # noqa: E731
+    config = small_config(models=("resnet50",))
+    store, _ = write_study(tmp_path, config, loss=loss, fp32_error=0.0, shares=(0.5, 0.4975, 0.0025, 0.0))
+    run(config, store)
+    (told,) = [line for line in (store.analysis / "summary.md").read_text().splitlines() if "The largest loss" in line]
+    assert "of 2 differences from FP32, 1 is a loss and 0 gains" in told
+    assert "The largest loss is -5.0" in told and "(female, n = 1197, ResNet-50); being the largest of 1" in told

@@ -140,3 +140,27 @@ def test_a_model_without_finite_logits_has_no_probabilities(tmp_path):
     )
     table = probability_table(store, rows, test_sets, 0.95)
     assert broken not in set(table["cell"]) and planned["baseline"][0].id in set(table["cell"])
+
+
+def test_two_processes_write_the_same_bytes_in_the_same_order_and_say_what_failed(tmp_path, monkeypatch):
+    found = tables(**SMALL)
+    arguments = {**empty_study(), "rows": found["rows"], "groups": found["groups"], "flips": found["flips"]}
+    monkeypatch.setattr("phases.drawing.LARGE", 1)
+    written = []
+    for threads in ("1", "2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        started = []
+        popen = subprocess.Popen
+        monkeypatch.setattr(
+            subprocess, "Popen", lambda *a, popen=popen, s=started, **k: (s.append(1), popen(*a, **k))[1]
+        )
+        store = Store(tmp_path / threads)
+        store.analysis.mkdir(parents=True)
+        captions, _ = save_figures(store, study_figures(**arguments), "pdf")
+        monkeypatch.setattr(subprocess, "Popen", popen)
+        assert len(started) == int(threads) - 1
+        written.append((captions, {path.name: path.read_bytes() for path in store.analysis.iterdir()}))
+    assert written[0] == written[1] and len(written[0][1]) == 20
+    arguments["flips"] = found["flips"].drop(columns="flip_rate")  # drawn by the other process
+    with pytest.raises(RuntimeError, match=r"(?s)group_flip_rates.*KeyError.*flip_rate"):
+        save_figures(Store(tmp_path / "1"), study_figures(**arguments), "pdf")

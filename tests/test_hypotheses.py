@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from fake_study import small_config, write_study
+from scipy.stats import binom
 
 import hypotheses
 import literature
 import rankings
-from config import Cells, Claim, Config
+from config import Cells, Claim, Config, Hypothesis
 from contrasts import Effects, pairs_of, select, study_of
 from joint_bootstrap import TestSet, halves
 from phases.analysis import load_test_set, planned_rows
@@ -186,6 +187,86 @@ def test_smaller_groups_rule(tmp_path):
         assert found["verdict"] == verdict, name
 
 
+def int8_of(n, lost):
+    """The first claim of H5 alone, of a model that loses so many of n answers at 8 bits."""
+    label, group = np.arange(n) % 2, np.arange(n) // 2 % 2
+    after = label.copy()
+    after[:lost] = 1 - label[:lost]
+    names = ["x", "y"]
+    predictions = {"a": label.astype(np.int16), "b": after.astype(np.int16)}
+    test_set = TestSet("d", "g", label, group, names, group, names, 2, 20, predictions)
+    identity = {"dataset": "d", "model": "m", "seed": 0, "options": None, "strategy": None, "size_mb": 1.0}
+    rows = pd.DataFrame(
+        [
+            identity
+            | {"cell": "a", "method": "none", "weight_bits": None, "activation_bits": None, "baseline_cell": "a"},
+            identity
+            | {"cell": "b", "method": "ptq_static", "weight_bits": 8, "activation_bits": 8, "baseline_cell": "a"},
+        ]
+    ).assign(status="done")
+    gap = {"id": "gap", "statement": "the gap stays", "metric": "accuracy_gap", "cells": Cells(), "below": 1.0}
+    claims = [DEFAULT["H5-int8"].model_copy(update={"also": []}), Hypothesis(**gap)]
+    return hypotheses.evaluate(rows, {"d": test_set}, claims, 2000, 0.95).to_dict("records")
+
+
+def test_no_difference_in_few_images_is_not_equivalence():
+    """0 flips of 100 images are compatible with a loss of 3 points (the rule of three), 0 of 5,000 are not."""
+    few, few_gap = int8_of(100, 0)
+    assert few["effect"] == 0 and few["verdict"] == "inconclusive" and few["p"] > 0.05
+    assert few["ci_low"] < -1 and few["ci_high"] > 1 and few["parts"][0]["ci_low"] == few["ci_low"]
+    assert few_gap["verdict"] == "inconclusive"
+    many, many_gap = int8_of(20_000, 0)
+    assert many["verdict"] == many_gap["verdict"] == "supported"
+    assert -0.03 < many["ci_low"] < 0 < many["ci_high"] < 0.03
+
+
+def test_equivalence_is_claimed_at_most_as_often_as_its_level_says_at_the_margin():
+    """At a true loss of one point, the margin: the chance of each number of lost answers, and what is said of it."""
+    for n in (150, 300, 600):
+        numbers = np.arange(0, 1 + n // 100)  # of more than that the effect itself is outside
+        said = [int8_of(n, lost)[0]["verdict"] == "supported" for lost in numbers]
+        assert binom.pmf(numbers, n, 0.01) @ said <= 0.06, n
+
+
+def group_slopes(slope):
+    """H7 of two data sets of six groups each: `slope` points more are lost at each halving of a group's size, of which
+    the images have nothing to say (every group of 500 images or more)."""
+    rng, frames, test_sets = np.random.default_rng(0), [], {}
+    n_G = 500 * 2 ** np.arange(6)
+    for name in ("one", "two"):
+        group, label = np.repeat(np.arange(6), n_G), np.arange(n_G.sum()) % 2
+        lost = np.concatenate([rng.permutation(n) < n * (0.1 - slope * np.log2(n / 500)) for n in n_G])
+        predictions = {
+            f"{name}-a": label.astype(np.int16),
+            f"{name}-b": np.where(lost, 1 - label, label).astype(np.int16),
+        }
+        names = list("uvwxyz")
+        test_sets[name] = TestSet(name, "race", label, group, names, group, names, 2, 20, predictions)
+        identity = {"dataset": name, "model": "m", "seed": 0, "options": None, "strategy": None, "size_mb": 1.0}
+        identity |= {"baseline_cell": f"{name}-a", "status": "done"}
+        frames.append(identity | {"cell": f"{name}-a", "method": "none", "weight_bits": None, "activation_bits": None})
+        frames.append(identity | {"cell": f"{name}-b", "method": "ptq_static", "weight_bits": 4, "activation_bits": 4})
+    (row,) = hypotheses.evaluate(pd.DataFrame(frames), test_sets, [DEFAULT["H7-small-groups"]], 1000, 0.95).to_dict(
+        "records"
+    )
+    return row
+
+
+def test_permutations_over_groups_of_two_data_sets_count_what_was_observed():
+    """Of 720 orders in each of two data sets only the observed one, in both, has so steep a slope: random ones do not
+    find it. Were it not counted among them p would be 0."""
+    row = group_slopes(0.01)
+    assert row["verdict"] == "supported" and row["n_comparisons"] == 2
+    assert row["p"] >= 1 / 5041
+
+
+def test_p_is_that_of_the_interval_where_the_permutation_is_surer(monkeypatch):
+    """Permutations of the groups say that the slope is real, the images leave it open: no small p beside that."""
+    row = group_slopes(0.0004)
+    assert row["verdict"] == "inconclusive" and row["ci_low"] < 0 < row["ci_high"]
+    assert row["p"] > 0.05
+
+
 def test_what_cannot_be_tested_says_why(tmp_path):
     config = small_config("quantization.bit_widths=[4]", "mitigation.strategies=[]")
     found = verdicts(tmp_path, config, shares=(0.25, 0.25, 0.25, 0.25))
@@ -279,11 +360,11 @@ def test_mixed_precision_preserves_the_gap_or_does_not(tmp_path):
         ("kept", 0.0, "supported"), ("edge", 0.011, "inconclusive"), ("lost", 0.06, "contradicted"),
     ):  # fmt: skip
         loss = lambda cell, g, m=of_male: m if g >= 2 else 0.0  # noqa: E731
-        found = verdicts(tmp_path / name, config, loss=loss, fp32_error=error)["H4-mixed-precision"]
+        found = verdicts(tmp_path / name, config, loss=loss, fp32_error=error, n=9600)["H4-mixed-precision"]
         assert found["verdict"] == verdict, name
         assert found["threshold_low"] == found["threshold_high"] == 1.0
-        lost = round(of_male * 255) + round(of_male * 102)
-        assert found["effect"] == pytest.approx(100 * lost / 420, abs=0.05)  # of halves: within an image of it
+        lost = round(of_male * 2040) + round(of_male * 816)
+        assert found["effect"] == pytest.approx(100 * lost / 3360, abs=0.05)  # of halves: within an image of it
         assert ("includes +1" in found["sentence"]) == (verdict == "inconclusive")
 
 
@@ -312,7 +393,8 @@ def test_architecture_predicts_where_trainings_of_one_lose_alike(tmp_path):
     shifted = lambda cell, g: tuple(by_model.values())[(FOUR.index(cell.model) * (1, 3, 2)[cell.seed] + cell.seed) % 4]  # noqa: E731
     found = verdicts(tmp_path / "alike", config, loss=alike)["H6-architecture"]
     assert found["verdict"] == "supported" and found["effect"] == pytest.approx(1.0)
-    assert found["p"] == pytest.approx(1 / 576)  # of 4! orders in each of two further trainings
+    assert "permutation over models in each training p = 0.002" in found["sentence"]  # 1 of 4!^2 orders
+    assert found["p"] == pytest.approx(2 / 301)  # no replicate of 300 on the other side: the larger p of the two
     assert found["n_seeds"] == 3 and "3 trainings of 4 models" in found["sentence"]
     found = verdicts(tmp_path / "shifted", config, loss=shifted)["H6-architecture"]
     assert found["verdict"] == "inconclusive" and found["effect"] < 0.3
@@ -343,7 +425,7 @@ def test_a_hypothesis_of_ones_own_in_yaml(tmp_path):
     error = lambda g: 0.05 if g < 2 else 0.15  # noqa: E731
     for name, of_male, verdict in (("kept", 0.0, "supported"), ("lost", 0.1, "contradicted")):
         loss = lambda cell, g, m=of_male: m if cell.strategy and g >= 2 else 0.0  # noqa: E731
-        found = verdicts(tmp_path / name, config, loss=loss, fp32_error=error)
+        found = verdicts(tmp_path / name, config, loss=loss, fp32_error=error, n=9600)
         assert list(found) == ["H9-worst-group", "mine"] and found["mine"]["verdict"] == verdict
         row = found["mine"]
         assert "W4A4 QAT (mse) + distillation changes the accuracy gap" in row["sentence"]

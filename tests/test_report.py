@@ -1,6 +1,7 @@
 import base64
 import gzip
 import hashlib
+import html
 import json
 import re
 import struct
@@ -26,7 +27,7 @@ from study_tables import (
     result_table,
     result_values,
 )
-from tables import MISSING, TableSection
+from tables import MISSING, TableSection, markdown_escape
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
@@ -170,11 +171,16 @@ def test_data_in_a_script_element_ends_nothing_and_says_the_same(text):
     assert json.loads(written) == {text: [text, None, None, 3, True, None]}
 
 
-def test_hypotheses_show_their_corrected_p_where_they_have_one():
-    told = study(hypotheses=study().hypotheses.assign(p_holm=0.01234))
-    assert "Corrected p (Holm): 0.0123" in report_html(told, {})
+def test_the_verdicts_stand_beside_their_p_values_and_numbers():
+    numbers = {"p": 0.0004, "p_holm": 0.01234, "n_comparisons": 4, "n_models": 2, "n_seeds": 1, "n_images": 1200}
+    told = study(hypotheses=study().hypotheses.assign(**numbers))
+    text = "p = 0.012 (Holm-corrected over the hypotheses), p < 0.001 (not corrected), 4 comparisons, 2 models, 1 seed"
+    assert f"{text}, 1200 test images." in html.unescape(report_html(told, {}))
+    assert markdown_escape(f"{text}, 1200 test images.") in summary_markdown(told)
     for without in (study(), study(hypotheses=study().hypotheses.assign(p_holm=np.nan))):
-        assert "Corrected p" not in report_html(without, {})
+        assert "Holm-corrected over the hypotheses" not in report_html(without, {}) + summary_markdown(without)
+    untested = study(hypotheses=study().hypotheses.assign(verdict="not tested", **numbers | {"n_images": 0}))
+    assert "seed, 0 test images" not in report_html(untested, {}) + summary_markdown(untested)
 
 
 def test_figures_have_alternative_text_and_their_size():

@@ -180,6 +180,25 @@ def test_it_fits_the_width_of_a_phone_and_of_a_desk(open_page, small, width):
     assert right <= width
 
 
+def test_a_table_of_sentences_needs_no_scrolling_sideways_on_a_phone_nor_on_a_desk(open_page, tmp_path):
+    columns = {name: ["inconclusive"] * len(HOSTILE) for name in ("ours", "beside it")} | {"name": HOSTILE}
+    columns |= {name: [f"{text} {'word ' * 25}{'L' * 200}" for text in HOSTILE] for name in ("finding", "source")}
+    file = tmp_path / "report.html"
+    section = TableSection("sentences", "Sentences", "", pd.DataFrame(columns))
+    file.write_text(report_html(replace(small_study(), sections=[section]), {}), encoding="utf-8")
+    for width in (360, 1280):
+        page = open_page(file, viewport={"width": width, "height": 700})
+        region = page.locator("#sentences ~ .scroll").first
+        assert region.evaluate("each => each.scrollWidth <= each.clientWidth"), width
+        cell = region.locator("tbody td").nth(3)
+        assert cell.inner_text().startswith(HOSTILE[0])
+        named = cell.evaluate("each => getComputedStyle(each, '::before').content")
+        assert named == ('"finding: "' if width == 360 else "none")
+        assert region.locator("thead button").count() == 5  # it still sorts
+        assert region.locator("thead").is_visible() == (width == 1280)
+        assert page.evaluate("window.hacked") is None
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_is_readable_on_light_and_on_dark(open_page, small, scheme):
     """Contrast of every text with its background is at least 4.5 (WCAG AA), and the scheme is followed."""

@@ -212,11 +212,11 @@ def test_fairness_heatmap_colours_by_better_and_worse_and_shows_what_is_sure():
     rows = frame(row(), eight, four, row("vit", 4, status="failed"))
     differences = pd.DataFrame(
         [
-            {"comparison": "fp32", "metric": metric, "group": "all", "ci_low": low, "ci_high": high}
+            {"comparison": "fp32", "metric": metric, "group": "all", "p_holm": p, "ci_low": 0.01, "ci_high": 0.02}
             | {"cell": cell["cell"]}
-            for cell, metric, low, high in (
-                (eight, "worst_group_accuracy", -0.01, 0.05), (four, "worst_group_accuracy", -0.05, -0.01),
-                (eight, "accuracy_gap", np.nan, np.nan), (four, "accuracy_gap", -0.01, 0.03),
+            for cell, metric, p in (
+                (eight, "worst_group_accuracy", 0.11), (four, "worst_group_accuracy", 0.1),
+                (eight, "accuracy_gap", np.nan), (four, "accuracy_gap", 0.4),
             )
         ]
     )  # fmt: skip
@@ -233,7 +233,7 @@ def test_fairness_heatmap_colours_by_better_and_worse_and_shows_what_is_sure():
     norm = worst.images[0].norm
     assert norm(0.0) == 0.5 and norm.vmin == -norm.vmax  # diverging about 0
     assert [label.get_text() for label in worst.get_yticklabels()] == ["ResNet-50 (85.0)", "vit"]  # FP32's worst group
-    assert any("the 90 % paired interval" in text for text in texts(figure))
+    assert any("Holm-corrected p ≤ 0.1)" in text for text in texts(figure))
 
 
 def test_fairness_heatmap_writes_no_signed_zero():
