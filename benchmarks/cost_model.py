@@ -85,7 +85,8 @@ APPLIED = {  # kind -> what apply_quantization is called with
     "sensitive_channels": ("sensitive_channels", {}),
     "sensitive_layers": ("sensitive_layers", {}),
 }
-STAYS_ON_CPU = ("one", "groups")  # features whose cost no GPU divides
+STAYS_ON_CPU = ("one", "groups")  # features whose cost no GPU divides, but for the kinds whose work is all its own:
+ALL_ON_GPU = ("training step", "qat step", "reconstruction iteration")  # the optimizer's step, rounding of weights
 
 
 @dataclass(frozen=True)
@@ -309,12 +310,15 @@ def write(measurements: list[Measurement], output: Path) -> None:
 
 def table_of_errors(fitted: dict) -> str:
     """How far the fit is from the size that was held out, kind by kind: a bad one is said so."""
-    lines = ["| kind | models | median error | largest error | |", "|---|---|---|---|---|"]
+    lines = ["| kind | models held out | median error | largest error | |", "|---|---|---|---|---|"]
     for kind, models in sorted(fitted.items()):
         errors = np.abs([error for entry in models.values() for error in entry["held_out"]])
         if len(errors):
             verdict = "bad" if np.median(errors) > 0.3 else ""
-            lines.append(f"| {kind} | {len(models)} | {np.median(errors):.0%} | {errors.max():.0%} | {verdict} |")
+            held_out = sum(bool(entry["held_out"]) for entry in models.values())
+            lines.append(
+                f"| {kind} | {held_out} of {len(models)} | {np.median(errors):.0%} | {errors.max():.0%} | {verdict} |"
+            )
     return "\n".join(lines)
 
 
@@ -354,7 +358,8 @@ class CostModel:
             raise SystemExit(f"{model}: its costs have not been measured; run cost_model.py measure --models {model}")
         known = features(image_size, images, groups, cells)
         parts = {name: value * known[name] for name, value in models[model]["coefficients"].items()}
-        cpu = sum(seconds for name, seconds in parts.items() if name in STAYS_ON_CPU)
+        stays = () if kind in ALL_ON_GPU else STAYS_ON_CPU
+        cpu = sum(seconds for name, seconds in parts.items() if name in stays)
         return Seconds(sum(parts.values()) - cpu, cpu)
 
     def analysis(self, config: Config, cells: int) -> float:
