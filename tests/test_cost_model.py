@@ -116,6 +116,14 @@ def test_a_machine_that_is_not_linear_is_called_so():
     assert "bad" not in cost_model.table_of_errors(fit(measurements()))
 
 
+def test_too_few_measurements_are_named():
+    """Two of them cannot tell three costs apart, however well they are met."""
+    few = measurements()[:1] + measurements()[2:]
+    assert fit(few)["ptq_static"]["net"]["is_determined"] is False
+    assert "too few measurements of net" in cost_model.table_of_errors(fit(few))
+    assert "too few" not in cost_model.table_of_errors(fit(measurements()))
+
+
 def test_no_coefficient_is_negative():
     falling = [Measurement("ptq_static", "net", 64, n, 2, 2.0 - 0.05 * n) for n in (8, 16, 24)]
     assert min(fit(falling)["ptq_static"]["net"]["coefficients"].values()) >= 0
