@@ -85,7 +85,8 @@ APPLIED = {  # kind -> what apply_quantization is called with
     "sensitive_channels": ("sensitive_channels", {}),
     "sensitive_layers": ("sensitive_layers", {}),
 }
-STAYS_ON_CPU = ("one", "groups")  # features whose cost no GPU divides
+STAYS_ON_CPU = ("one", "groups")  # features whose cost no GPU divides, but for the kinds whose work is all its own:
+ALL_ON_GPU = ("training step", "qat step", "reconstruction iteration")  # the optimizer's step, rounding of weights
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,7 @@ def fit(measurements: list[Measurement]) -> dict[str, dict[str, dict]]:
         spread = float(((y - y.mean()) ** 2).sum())
         fitted[kind][model] = {
             "coefficients": coefficients,
+            "is_determined": bool(np.linalg.matrix_rank(x / scale) == len(names)),
             "r2": 1 - float(((y - explained) ** 2).sum()) / spread if spread else None,
             "held_out": [
                 sum(coefficients[name] * m.features()[name] for name in names) / max(m.seconds, 1e-6) - 1
@@ -308,13 +310,17 @@ def write(measurements: list[Measurement], output: Path) -> None:
 
 
 def table_of_errors(fitted: dict) -> str:
-    """How far the fit is from the size that was held out, kind by kind: a bad one is said so."""
-    lines = ["| kind | models | median error | largest error | |", "|---|---|---|---|---|"]
+    """How far the fit is from the size that was held out, kind by kind, which fits are bad, and of which models there
+    were fewer measurements than coefficients."""
+    lines = ["| kind | models held out | median error | largest error | |", "|---|---|---|---|---|"]
     for kind, models in sorted(fitted.items()):
         errors = np.abs([error for entry in models.values() for error in entry["held_out"]])
-        if len(errors):
-            verdict = "bad" if np.median(errors) > 0.3 else ""
-            lines.append(f"| {kind} | {len(models)} | {np.median(errors):.0%} | {errors.max():.0%} | {verdict} |")
+        vague = [model for model, entry in models.items() if not entry["is_determined"]]
+        remarks = ["bad"] if len(errors) and np.median(errors) > 0.3 else []
+        remarks += [f"too few measurements of {', '.join(vague)}"] if vague else []
+        held_out = sum(bool(entry["held_out"]) for entry in models.values())
+        shown = f"{np.median(errors):.0%} | {errors.max():.0%}" if len(errors) else "– | –"
+        lines.append(f"| {kind} | {held_out} of {len(models)} | {shown} | {'; '.join(remarks)} |")
     return "\n".join(lines)
 
 
@@ -354,7 +360,8 @@ class CostModel:
             raise SystemExit(f"{model}: its costs have not been measured; run cost_model.py measure --models {model}")
         known = features(image_size, images, groups, cells)
         parts = {name: value * known[name] for name, value in models[model]["coefficients"].items()}
-        cpu = sum(seconds for name, seconds in parts.items() if name in STAYS_ON_CPU)
+        stays = () if kind in ALL_ON_GPU else STAYS_ON_CPU
+        cpu = sum(seconds for name, seconds in parts.items() if name in stays)
         return Seconds(sum(parts.values()) - cpu, cpu)
 
     def analysis(self, config: Config, cells: int) -> float:

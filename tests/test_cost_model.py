@@ -112,8 +112,16 @@ def test_a_machine_that_is_not_linear_is_called_so():
     true = 0.5 + 0.01 * 12 + 2.0 * 12 * size**2 / 1e6
     fitted = fit(measurements(noise={size: true}))
     assert fitted["ptq_static"]["net"]["held_out"] == pytest.approx([-0.5])
-    assert "| ptq_static | 1 | 50% | 50% | bad |" in cost_model.table_of_errors(fitted)
+    assert "| ptq_static | 1 of 1 | 50% | 50% | bad |" in cost_model.table_of_errors(fitted)
     assert "bad" not in cost_model.table_of_errors(fit(measurements()))
+
+
+def test_too_few_measurements_are_named():
+    """Two of them cannot tell three costs apart, however well they are met."""
+    few = measurements()[:1] + measurements()[2:]
+    assert fit(few)["ptq_static"]["net"]["is_determined"] is False
+    assert "too few measurements of net" in cost_model.table_of_errors(fit(few))
+    assert "too few" not in cost_model.table_of_errors(fit(measurements()))
 
 
 def test_no_coefficient_is_negative():
@@ -158,7 +166,10 @@ def test_a_baseline_by_hand(model):
     predicting = 3 * (0.01 + 0.02 * pixels)  # the third, an image
     expected = 2 * (78_070 / 32 * step + 8_674 * predicting) + 10_954 * predicting
     assert seconds.on() == pytest.approx(expected)
-    assert seconds.cpu == pytest.approx(2 * 78_070 / 32)
+    assert seconds.cpu == 0  # a GPU does all of a training; of a calibration it leaves the fixed part
+    assert model.step("ptq_static", "mobilenet_v2", 64, 10).cpu == pytest.approx(
+        1.0 * (list(FEATURES).index("ptq_static") + 1)
+    )
 
 
 def test_predictions_grow_with_everything_and_shrink_with_speed(model):
