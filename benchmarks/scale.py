@@ -96,8 +96,9 @@ class Run:
         self.output = results.parent / f"{results.name}.log"
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, self.mark: "1"}
-            )
+                command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, self.mark: "1"},
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+            )  # fmt: skip
 
     def everything(self) -> list[int]:
         found = []

@@ -170,6 +170,8 @@ def fork(folder: Path, work: Callable[[], int | None], outlives: bool = False) -
     try:
         if sys.platform.startswith("linux") and not outlives:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the test's end, whatever it is, is its end
+        # as from a terminal, also where these tests run in the background of a script, which ignores Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for name, number in (("out", 1), ("err", 2)):
             file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)

@@ -314,6 +314,11 @@ def until(condition, seconds: float = 120):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+def hears_interrupts() -> None:
+    """As from a terminal, also where these tests run in the background of a script, which ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 2), (signal.SIGKILL, 1)])
 def test_no_worker_outlives_the_program(tiny, serial, tmp_path, number, jobs):
     """Ctrl-C, which a terminal sends to the whole process group, and kill -9, in the middle of a training."""
@@ -323,8 +328,9 @@ def test_no_worker_outlives_the_program(tiny, serial, tmp_path, number, jobs):
                "--device", "cpu", "--set", *settings]  # fmt: skip
     with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=out, stderr=err, env={**os.environ, mark: "1"}, start_new_session=True
-        )
+            command, cwd=ROOT, stdout=out, stderr=err, env={**os.environ, mark: "1"}, start_new_session=True,
+            preexec_fn=hears_interrupts,
+        )  # fmt: skip
     try:
         seeds = [f"-s{seed}-fp32" for seed in range(jobs)]
         until(lambda: all(seed in (tmp_path / "out").read_text() for seed in seeds))
