@@ -75,6 +75,7 @@ WITHOUT_TRAINING = {
     "sensitive layers, blind to groups": ("sensitive_layers", {**RECONSTRUCTION, "worst_share": 1.0}),
     "fair mixed precision": ("fair_mixed_precision", RECONSTRUCTION),
     "output calibration": ("output_calibration", RECONSTRUCTION),
+    "minimax ranges, then output calibration": ("output_calibration", {**RECONSTRUCTION, "start": "minimax_ranges"}),
     "sensitive layers, then output calibration": (
         "output_calibration",
         {**RECONSTRUCTION, "start": "sensitive_layers", "start_options": {"layer_share": 0.5}},
@@ -88,6 +89,7 @@ WITH_TRAINING = {  # from the best that there is without: reconstruction, or the
     "fairness fine-tuning": ("fairness_finetuning", RECONSTRUCTION),
     "group DRO": ("group_dro", RECONSTRUCTION),
     "distillation": ("distillation", RECONSTRUCTION),
+    "minimax ranges, then distillation": ("distillation", {**RECONSTRUCTION, "start": "minimax_ranges"}),
     "sensitive layers, then group DRO": ("group_dro", {**RECONSTRUCTION, "start": "sensitive_layers"}),
     "sensitive layers, then distillation": ("distillation", {**RECONSTRUCTION, "start": "sensitive_layers"}),
 }
