@@ -4,9 +4,9 @@ An executor is given a phase's job and its cells, and yields each cell with its 
 `runner.run_cells` writes the records. Closing the generator stops what is running.
 
 `processes` is multiprocessing with a pipe for each worker. Pools of a library were weighed: concurrent.futures breaks
-with the first worker that dies; pebble and loky have timeouts or fresh workers, but their workers share one queue and
-its lock, so that a kill -9 at the wrong moment leaves the lock held or half a message in the queue, for all. With a
-pipe each, a death is the end of one pipe. There is no scheduling beyond "a worker that is free gets a cell".
+with the first worker that dies; pebble has timeouts and fresh workers, but its workers share one queue and its lock,
+so that a kill -9 at the wrong moment leaves the lock held or half a message in the queue, for all. With a pipe each, a
+death is the end of one pipe. There is no scheduling beyond "a worker that is free gets a cell".
 
 Workers are spawned, not forked, with OMP_NUM_THREADS and its like in their environment before torch is imported. Each
 is the leader of a process group, so that it is ended with everything it started and a terminal's Ctrl-C reaches this

@@ -417,6 +417,10 @@ def show(study: Study, seeds, setting: str | None) -> Comparison:
             if comparison.predicted(label) is not None:
                 print(_row(comparison, study, seeds, label))
         print()
+        for label in ("FP32", *METHODS) if grouping == attributes[:1] else ():
+            if (predicted_SN := comparison.predicted(label)) is not None:
+                accuracies = ", ".join(f"{100 * (row == comparison.label_N).mean():.1f}" for row in predicted_SN)
+                print(f"- {label}: accuracy of all, seed by seed: {accuracies}")
         for line in verdicts(comparison):
             print(f"- {line}")
     return comparison
