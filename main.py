@@ -43,10 +43,10 @@ def _main(options: argparse.Namespace) -> int:
 
     # after the arguments are known to be good: these import torch, which takes seconds
     from datasets import DataError
+    from execution.run_lock import only_run
+    from execution.tracking import check_installed
     from models import CheckpointError
-    from run_lock import only_run
     from store import Store, StoreError
-    from tracking import check_installed
 
     try:
         _check_models(config)
@@ -89,10 +89,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(config: Config, store, phases: Sequence[str], device: str, options: argparse.Namespace) -> int:
-    from phases.plan import plan
-    from run_log import RunLog
+    from execution.run_log import RunLog
+    from execution.tracking import Tracker
+    from plan import plan
     from runner import Report
-    from tracking import Tracker
 
     planned = plan(config)
     broken = {cell.id for phase in phases for cell in planned.get(phase, []) if _has_failed(cell.id, store)}
@@ -161,8 +161,8 @@ def _run_phases(config: Config, store, phases: Sequence[str], device: str, plann
 
 def _analyse(module, config: Config, store, report) -> None:
     """Run the analysis, and log what it is made of, by which --status knows whether it still is up to date."""
-    from run_log import measured
-    from status import ANALYSIS, analysis_inputs
+    from execution.run_log import measured
+    from phases.status import ANALYSIS, analysis_inputs
 
     inputs = analysis_inputs(config, store)
     with store.mark_running(ANALYSIS), measured() as entry:
@@ -181,7 +181,7 @@ def _status(config: Config, as_json: bool) -> int:
 
     from rich.console import Console
 
-    from status import Screen, study_status
+    from phases.status import Screen, study_status
     from store import Store, StoreError
 
     try:
@@ -281,7 +281,7 @@ def _check_evaluation(config: Config) -> None:
 
 def _dry_run(config: Config, store, phases: Sequence[str]) -> int:
     from phases.complete import missing as what_is_missing
-    from phases.plan import plan
+    from plan import plan
 
     for phase, cells in plan(config).items():
         if phase not in phases:

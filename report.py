@@ -15,15 +15,15 @@ from typing import Any
 import pandas as pd
 
 import report_page
-from configurations import configurations
-from recommendation import RULE, Bounds, recommendation_sentences
-from result_rows import model_label
-from study_tables import RESULTS_NOTE, bold_note, bold_results, data_table, result_table, result_values
-from tables import LONG, Places, TableSection, markdown_escape, one_line, to_markdown
-from tables import MISSING as MISSING
-from tables import number as number
-from winners import COLUMNS as TEST_COLUMNS
-from wording import count
+from analysis.configurations import configurations
+from analysis.recommendation import RULE, Bounds, recommendation_sentences
+from analysis.result_rows import model_label
+from analysis.study_tables import RESULTS_NOTE, bold_note, bold_results, data_table, result_table, result_values
+from analysis.tables import LONG, Places, TableSection, markdown_escape, one_line, to_markdown
+from analysis.tables import MISSING as MISSING
+from analysis.tables import number as number
+from analysis.winners import COLUMNS as TEST_COLUMNS
+from analysis.wording import count
 
 QUESTION = "What does quantizing a vision model do to each demographic group, and what repairs it at the least cost?"
 REPRODUCE = "config.yaml is the resolved configuration saved beside the results:"

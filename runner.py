@@ -18,13 +18,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cells import FATAL, CellReport, CellResult, Compute, Job, Outcome, Prepare, as_record, one_line
 from config import Config
-from executors import open_executor
-from phases.plan import Cell
-from run_log import RunLog
+from execution.cells import FATAL, CellReport, CellResult, Compute, Job, Outcome, Prepare, as_record, one_line
+from execution.executors import open_executor
+from execution.run_log import RunLog
+from execution.tracking import Tracker
+from plan import Cell
 from store import Store, StoreError
-from tracking import Tracker
 
 __all__ = ["FATAL", "CellResult", "Compute", "Report", "one_line", "run_cells"]
 

@@ -10,6 +10,7 @@ of which there are six at most; `all_pages` gives them all. What has to be avera
 """
 
 from figures.comparisons import cost_benefit, fairness_vs_bits, method_comparison, mitigation_comparison
+from figures.cross_dataset import cross_dataset
 from figures.diagnosis import group_diagnostics
 from figures.forest import hypothesis_validation
 from figures.groups import group_flip_rates, per_group_performance
@@ -22,6 +23,7 @@ __all__ = [
     "accuracy_heatmap",
     "all_pages",
     "cost_benefit",
+    "cross_dataset",
     "fairness_heatmap",
     "fairness_vs_bits",
     "group_diagnostics",

@@ -31,7 +31,7 @@ import numpy as np
 
 from config import Config, load_config
 from group_counts import METRICS, count_table, group_metrics, group_table, groups_left_out, intersect, worst_group
-from phases.plan import plan
+from plan import plan
 from store import INTERSECTION, Store, seed_for
 
 NAMES = {

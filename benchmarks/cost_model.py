@@ -40,7 +40,7 @@ import numpy as np
 
 from benchmarks.schedule import Task, critical_path, schedule
 from config import MODELS, Config, load_config
-from phases.plan import Cell, plan
+from plan import Cell, plan
 
 OUTPUT = Path("docs/scaling/cost_model.json")
 BATCH = 32  # of training; of evaluation 128 in a config, which costs an image as much

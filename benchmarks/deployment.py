@@ -125,8 +125,8 @@ def quantized_model(name: str, weight_bits: int = 8, activation_bits: int = 8):
 
 
 def print_sizes(names: list[str], folder: Path) -> None:
+    from analysis.result_rows import model_label
     from deployment import export_onnx
-    from result_rows import model_label
 
     print(f"\nSize of the ONNX file, {PIXELS} px, {CLASSES} classes (times smaller than FP32's); integer operators\n")
     columns = [*(f"{label} (MB)" for label in WIDTHS), "what the INT4 file holds", "INT8 in ONNX Runtime"]
@@ -189,15 +189,15 @@ def operators_of(path: Path) -> str:
 def print_agreement(names: list[str], options: argparse.Namespace) -> None:
     import numpy as np
 
+    from analysis.result_rows import model_label
     from batches import BatchLoader
     from config import load_config
     from datasets import calibration_subset, load_dataset
     from deployment import load_engine
     from evaluation import predict
     from models import build_model, load_checkpoint
-    from phases.plan import plan
+    from plan import plan
     from quantization import apply_quantization
-    from result_rows import model_label
     from store import Store, seed_for
 
     config = load_config(CONFIG, options.set)
@@ -251,7 +251,7 @@ def fp32_example(loader):
 def print_latencies(names: list[str], folder: Path, options: argparse.Namespace) -> None:
     from importlib.util import find_spec
 
-    from result_rows import model_label
+    from analysis.result_rows import model_label
 
     contenders = FLOAT | {f"ours, {label}": how for label, how in OURS.items()} | {
         f"peer, {label}": how for label, how in PEERS.items()

@@ -38,7 +38,7 @@ from evaluation import model_size_mb, predict
 from group_counts import count_table, group_metrics, intersect
 from models import build_model, load_checkpoint
 from phases import baseline
-from phases.plan import QUANTIZATION_VERSION, REPAIR_VERSION, TRAINING_VERSION, plan
+from plan import QUANTIZATION_VERSION, REPAIR_VERSION, TRAINING_VERSION, plan
 from quantization import QuantizationError, apply_quantization
 from runner import Report
 from store import Store, seed_for, short_hash, write_json

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
+from analysis.result_rows import model_label
 from batches import BatchLoader
 from config import load_config
 from datasets import calibration_subset, load_dataset
 from evaluation import predict
 from models import build_model, load_checkpoint
 from quantization import apply_quantization
-from result_rows import model_label
 from store import Store, seed_for, write_json
 
 CONFIG = Path(__file__).with_suffix(".yaml")

@@ -29,10 +29,10 @@ import numpy as np
 from scipy.stats import beta
 from sklearn.metrics import accuracy_score, precision_score
 
-import significance
-from batched_metrics import table_metrics
 from group_counts import METRICS, count_table
-from significance import GROUP_RATES, all_intervals
+from significance import intervals as significance
+from significance.batched_metrics import table_metrics
+from significance.intervals import GROUP_RATES, all_intervals
 
 N, GROUPS, LEVEL = 20_000, 14, 0.95
 GAPS = {

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from analysis.result_rows import METHOD_LABELS, main_settings, model_label, plain_counterparts, strategy_label
 from figures.style import (
     COLOURS,
     COLUMN_WIDTH,
@@ -41,7 +42,6 @@ from figures.style import (
     styles,
     title,
 )
-from result_rows import METHOD_LABELS, main_settings, model_label, plain_counterparts, strategy_label
 
 REPAIR_METRICS = {
     "accuracy": "accuracy (%)",

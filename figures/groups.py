@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
+from analysis.result_rows import FP32, METHOD_LABELS, main_settings, model_label
 from figures.style import (
     FONT,
     MAX_HEIGHT,
@@ -32,7 +33,6 @@ from figures.style import (
     title_height,
 )
 from group_counts import wilson_interval
-from result_rows import FP32, METHOD_LABELS, main_settings, model_label
 
 MOST_WIDTHS = 6  # colours in a panel
 MOST_GROUPS = 24  # rows of a panel: the largest groups

@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import ScaledTranslation
 
+from analysis.result_rows import METHOD_LABELS, model_label, strategy_label
 from figures.style import (
     FONT,
     GREY,
@@ -34,7 +35,6 @@ from figures.style import (
     title,
     title_height,
 )
-from result_rows import METHOD_LABELS, model_label, strategy_label
 
 # inches
 ROW_HEIGHT, NAME_HEIGHT, HEAD_HEIGHT, TITLE_HEIGHT, BAR_WIDTH = 0.19, 0.2, 0.22, 0.55, 0.55

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from analysis.result_rows import model_label
 from figures.style import (
     COLOURS,
     FONT,
@@ -29,7 +30,6 @@ from figures.style import (
     title,
     title_height,
 )
-from result_rows import model_label
 
 DIMENSIONS = {  # column -> (whether more is better, label, factor for print)
     "accuracy": (True, "accuracy (%)", 100),

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
+from analysis.group_calibration import calibration_errors
+from analysis.result_rows import main_settings, model_label
 from figures.style import (
     FONT,
     MAX_HEIGHT,
@@ -29,9 +31,7 @@ from figures.style import (
     title,
     title_height,
 )
-from group_calibration import calibration_errors
 from group_counts import wilson_interval
-from result_rows import main_settings, model_label
 
 MOST_WIDTHS = 6
 MOST_GROUPS = 15

@@ -14,27 +14,22 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-import cross_dataset
-import hypotheses
-import literature
-import rankings
 import report
-import study_tables
-import tables
-import winners
+from analysis import cross_dataset, hypotheses, literature, rankings, study_tables, tables, winners
+from analysis.configurations import accuracy_intervals, configurations
+from analysis.cost_benefit import cost_benefit_table
+from analysis.group_calibration import calibration_errors
+from analysis.paired_tests import flip_table, intersection_significance, paired_significance, seed_effects
+from analysis.recommendation import Bounds
+from analysis.result_rows import main_settings, model_label, with_labels
+from analysis.usable import NoUsablePredictions, usable_predictions
+from analysis.wording import count
 from config import Config
-from configurations import accuracy_intervals, configurations
-from cost_benefit import cost_benefit_table
 from figures.pareto import pareto_points
-from group_calibration import calibration_errors
 from group_counts import intersect
-from joint_bootstrap import COLLAPSED, TestSet
-from paired_tests import flip_table, intersection_significance, paired_significance, seed_effects
 from phases.drawing import probability_table, save_figures, shown_groups, study_figures
-from phases.plan import plan
-from phases.usable import NoUsablePredictions, usable_predictions
-from recommendation import Bounds
-from result_rows import main_settings, model_label, with_labels
+from plan import plan
+from significance.joint_bootstrap import COLLAPSED, TestSet
 from store import (
     INTERSECTION,
     ROW_COLUMNS,
@@ -44,7 +39,6 @@ from store import (
     write_json,
     write_text,
 )
-from wording import count
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what is being done)
 

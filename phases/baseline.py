@@ -15,7 +15,7 @@ from evaluation import predict
 from models import build_model, checkpoint_matches, load_checkpoint, save_checkpoint
 from phases import cross_evaluate, deploy
 from phases.measure import measure
-from phases.plan import Cell, plan
+from plan import Cell, plan
 from runner import CellResult, Compute, Report, run_cells
 from store import Store, StoreError, seed_for
 from training import train

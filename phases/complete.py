@@ -11,7 +11,7 @@ from typing import Any
 
 from config import Config
 from group_mapping import correspondence
-from phases.plan import Cell
+from plan import Cell
 from store import Store, short_hash
 
 FP32 = "FP32"

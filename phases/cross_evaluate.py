@@ -29,7 +29,7 @@ from phases.complete import (
     rows_elsewhere,
 )
 from phases.measure import Predicted
-from phases.plan import Cell
+from plan import Cell
 from runner import FATAL, one_line
 from store import GROUP_METRIC_COLUMNS, Store, StoreError
 

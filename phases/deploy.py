@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-import quiet
 from batches import MEAN, STD
 from config import Config
 from datasets import FaceDataset
 from deployment import DeploymentError, Export, export_onnx, load_engine
 from engines import EngineError
 from evaluation import EvaluationError, Latency, latency, predict, write_model
+from execution import quiet
 from phases.complete import deployed_name, deployment_settings, is_selected
 from phases.complete import is_deployed as is_complete
 from phases.measure import Predicted, compression, measure_deployed
-from phases.plan import Cell
+from plan import Cell
 from runner import FATAL, CellResult, Compute, one_line
 from store import DEPLOYED_COLUMNS, Store, StoreError, write_errors
 

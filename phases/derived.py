@@ -26,8 +26,8 @@ from phases.baseline import (
     write_training_log,
 )
 from phases.measure import compression, measure
-from phases.plan import Cell, plan
 from phases.shared import SharedSensitivity
+from plan import Cell, plan
 from quantization import apply_quantization
 from quantizers.numerics import QuantizationWarning
 from runner import CellResult, Compute, Report, run_cells

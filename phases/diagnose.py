@@ -15,7 +15,7 @@ from config import Config
 from datasets import BatchLoader, FaceDataset
 from diagnostics import diagnose
 from phases.complete import diagnosis_settings, is_diagnosed, wants_diagnosis
-from phases.plan import Cell
+from plan import Cell
 from runner import FATAL, one_line
 from store import Store, seed_for
 

@@ -24,12 +24,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-import cross_dataset
 import visualizations
+from analysis.group_calibration import RELIABILITY_COLUMNS, reliability
+from analysis.result_rows import main_settings, with_labels
 from figures.style import Page, all_pages
-from group_calibration import RELIABILITY_COLUMNS, reliability
-from joint_bootstrap import TestSet, n_threads
-from result_rows import main_settings, with_labels
+from significance.joint_bootstrap import TestSet, n_threads
 from store import Store, write_bytes
 
 FIGURE_DPI = 200
@@ -45,7 +44,8 @@ CAPTIONS = {
     "pareto_frontier": "The settings that no other one beats in all the chosen dimensions.",
     "fairness_vs_bits": "Equalized-odds difference at each width (it is biased upward, the more the fewer the images).",
     "probability_calibration": "Whether probabilities are honest: accuracy against confidence in each group.",
-    "cross_dataset": cross_dataset.CAPTION,
+    "cross_dataset": "What quantization changes in each group's accuracy: on the data set that a model was trained "
+    "on, and on another one. On the diagonal it transfers.",
     "layer_sensitivity": "What the output loses when one layer alone goes to so many bits, and the width that mixed "
     "precision chose for it.",
 }
@@ -116,7 +116,7 @@ def study_figures(
     if flips is not None:
         draws["group_flip_rates"] = (v.group_flip_rates, [flips], of_level)
     if transfer is not None and len(transfer):
-        draws["cross_dataset"] = (cross_dataset.cross_dataset, [transfer], {})
+        draws["cross_dataset"] = (visualizations.cross_dataset, [transfer], {})
     if sensitivity is not None and sensitivity["cell"].isin(rows.loc[rows["status"] == "done", "cell"]).any():
         draws["layer_sensitivity"] = (v.layer_sensitivity, [sensitivity, rows], {})
     return StudyFigures({name: draws[name] for name in CAPTIONS if name in draws}, len(rows) >= LARGE)

@@ -10,9 +10,9 @@ from config import Config
 from fairness_metrics import metrics_of_predictions
 from group_counts import METRICS, count_table, intersect
 from phases.complete import deployed_name, metric_settings
-from phases.plan import Cell
+from plan import Cell
 from runner import CellResult
-from significance import bootstrap_intervals
+from significance.intervals import bootstrap_intervals
 from store import (
     DEPLOYED_COLUMNS,
     GROUP_METRIC_COLUMNS,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from phases.plan import QUANTIZATION_VERSION, Cell
+from plan import QUANTIZATION_VERSION, Cell
 from quantizers.sensitivity import Sensitivity
 from store import Store, StoreError, short_hash, write_bytes
 

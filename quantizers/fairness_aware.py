@@ -34,12 +34,19 @@ import pandas as pd
 import torch
 from torch import nn
 
-from certification import DROP, GAPS, MIN_GROUP_SIZE, gap_bounds, smallest_certifiable, worst_group_drop_bounds
 from config import suggest
 from evaluation import Predictions, as_batch, model_size_mb, predict
 from group_counts import paired_count_table
 from quantizers import methods
 from quantizers.numerics import QuantizationError, QuantizationWarning, check_bits
+from significance.certification import (
+    DROP,
+    GAPS,
+    MIN_GROUP_SIZE,
+    gap_bounds,
+    smallest_certifiable,
+    worst_group_drop_bounds,
+)
 from store import seed_for
 from training import TrainingError
 

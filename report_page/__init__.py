@@ -22,10 +22,10 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from configurations import MEASURES
-from recommendation import BOUND_LABELS, PREFERENCES, Bounds
-from result_rows import model_label
-from tables import Places, number, numeric_columns, with_interval
+from analysis.configurations import MEASURES
+from analysis.recommendation import BOUND_LABELS, PREFERENCES, Bounds
+from analysis.result_rows import model_label
+from analysis.tables import Places, number, numeric_columns, with_interval
 
 FOLDER = Path(__file__).parent
 ROWS = 50  # of a table at a time; a longer one is paged

@@ -26,7 +26,7 @@ import phases.baseline
 from config import load_config
 from evaluation import Predictions
 from models import save_checkpoint
-from phases.plan import plan
+from plan import plan
 from runner import CellResult, run_cells
 from store import Store, seed_for
 

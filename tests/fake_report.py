@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 
+from analysis.study_tables import best_settings, best_table
+from analysis.tables import TableSection
 from report import Study
-from study_tables import best_settings, best_table
-from tables import TableSection
 
 EVIL = "<script>alert('x')</script>"
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from config import load_config
 from group_counts import METRICS, count_table, group_metrics, group_table, groups_left_out, intersect, worst_group
-from phases.plan import plan
+from plan import plan
 from store import Store, seed_for
 
 NAMES = {"gender": ["female", "male"], "skin": ["light", "dark"]}

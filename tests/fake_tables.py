@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from group_calibration import reliability
+from analysis.group_calibration import reliability
 from group_counts import METRICS, wilson_interval
 
 GROUPS = {
@@ -135,7 +135,7 @@ def probabilities(rows: pd.DataFrame, n=900) -> pd.DataFrame:
 
 def costs(rows: pd.DataFrame) -> pd.DataFrame:
     """As `cost_benefit.cost_benefit_table` would give, from the rows' values alone."""
-    from result_rows import with_labels
+    from analysis.result_rows import with_labels
 
     rows = with_labels(rows[rows["status"] == "done"])
     plain = rows[

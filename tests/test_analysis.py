@@ -12,8 +12,8 @@ from fake_study import NAMES, small_config, write_study
 from PIL import Image
 
 from phases.analysis import analyse, run
-from phases.plan import plan
-from significance import holm, mcnemar_midp
+from plan import plan
+from significance.intervals import holm, mcnemar_midp
 from store import MissingArtifactError, Store
 
 NAMED_FIGURES = (

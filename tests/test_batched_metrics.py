@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from batched_metrics import binary_metrics, table_metrics
 from group_counts import METRICS, group_metrics
+from significance.batched_metrics import binary_metrics, table_metrics
 
 
 @pytest.mark.parametrize(("n_groups", "n_classes"), [(1, 2), (2, 2), (5, 2), (4, 3)])

@@ -7,8 +7,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import xlogy
 from scipy.stats import binom, norm
 
-import certification
-from certification import (
+from group_counts import group_metrics, paired_count_table
+from significance import certification
+from significance.certification import (
     DROP,
     GAPS,
     gap_bounds,
@@ -16,8 +17,7 @@ from certification import (
     worst_group_accuracy_bounds,
     worst_group_drop_bounds,
 )
-from group_counts import group_metrics, paired_count_table
-from rate_limits import difference_limits, paired_difference_limits, proportion_limits, tango_score
+from significance.rate_limits import difference_limits, paired_difference_limits, proportion_limits, tango_score
 
 TRIALS = 4000
 ERROR = 5 * np.sqrt(0.05 * 0.95 / TRIALS)  # five standard errors of 5 % in TRIALS

@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cost_benefit import COST_COLUMNS, cost_benefit_table, worst_group_gain
-from joint_bootstrap import TestSet
+from analysis.cost_benefit import COST_COLUMNS, cost_benefit_table, worst_group_gain
+from significance.joint_bootstrap import TestSet
 
 GROUP = np.repeat([0, 1], [100, 50])
 LABEL = np.zeros(150, dtype=np.int64)

@@ -9,11 +9,12 @@ import pytest
 from fake_study import small_config, write_study
 from PIL import Image
 
-from cross_dataset import _resampled_mean, cross_dataset, measure_transfer, transfer_sentences, transfer_table
+from analysis.cross_dataset import _resampled_mean, measure_transfer, transfer_sentences, transfer_table
 from phases.analysis import load_test_sets, planned_rows, run
 from phases.cross_evaluate import write_tables
-from phases.plan import plan
-from significance import paired_count_table, paired_difference_intervals
+from plan import plan
+from significance.intervals import paired_count_table, paired_difference_intervals
+from visualizations import cross_dataset
 
 SMILES = {
     "synthetic": {"attribute": "smile", "names": {"neutral": "neutral", "smiling": "smiling"}},

@@ -19,7 +19,7 @@ from evaluation import predict
 from group_mapping import correspondence
 from models import build_model, load_checkpoint
 from phases import cross_evaluate
-from phases.plan import Cell, plan
+from plan import Cell, plan
 from store import Store
 
 RACES = FAIRFACE_VALUE_NAMES["race"]

@@ -30,7 +30,7 @@ from config import load_config
 from deployment import DeploymentError, read_onnx
 from phases.deploy import is_complete, is_selected, unmatched_patterns
 from phases.measure import measure_deployed
-from phases.plan import Cell, plan
+from plan import Cell, plan
 from store import COST_COLUMNS, DEPLOYED_COLUMNS, ROW_COLUMNS, TIMING_COLUMNS, Store
 
 ROOT = Path(__file__).parent.parent

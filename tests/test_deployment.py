@@ -195,8 +195,10 @@ assert not REFUSED & set(sys.modules), REFUSED & set(sys.modules)
 
 def test_numpy_and_onnxruntime_are_enough_to_run_a_file(tmp_path):
     """In an empty folder, without this project, PyTorch or onnx: the same predictions."""
-    ours = {path.stem for path in Path(deployment.__file__).parent.glob("*.py")}
-    refused = ours | {"quantizers", "phases", "torch", "torchvision", "timm", "onnx", "onnxscript", "ml_dtypes"}
+    root = Path(deployment.__file__).parent
+    ours = {path.stem for path in root.glob("*.py")} | {path.parent.name for path in root.glob("*/__init__.py")}
+    assert {"engines", "quantizers", "significance"} <= ours
+    refused = ours | {"torch", "torchvision", "timm", "onnx", "onnxscript", "ml_dtypes"}
     x, _ = pictures(64, 5)
     np.save(tmp_path / "images.npy", x.numpy())
     widths = {"eight": (8, 8), "four": (4, 4), "two": (2, 8)}

@@ -29,8 +29,8 @@ from cheap_run import (
 )
 
 import store as store_module
+from execution.run_log import RunLog
 from models import checkpoint_matches
-from run_log import RunLog
 from store import Store
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked")

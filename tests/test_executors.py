@@ -20,10 +20,10 @@ import pytest
 import torch
 
 import main
-from cells import CellResult, is_out_of_memory, is_poisoned, peak_memory_mb, reset_peak_memory
 from config import ConfigError, load_config
-from executors import Processes, Serial, chosen, gpus_of_jobs, open_executor
-from phases.plan import Cell
+from execution.cells import CellResult, is_out_of_memory, is_poisoned, peak_memory_mb, reset_peak_memory
+from execution.executors import Processes, Serial, chosen, gpus_of_jobs, open_executor
+from plan import Cell
 from runner import Report, run_cells
 from store import TIMING_COLUMNS, Store, StoreError
 
@@ -356,7 +356,7 @@ COMPUTES = """
 import sys
 from pathlib import Path
 import numpy as np
-import quiet
+from execution import quiet
 folder, counter = map(Path, sys.argv[1:])
 numbers = np.random.default_rng(0).random(4_000_000)
 with quiet.computing(folder):
@@ -369,7 +369,7 @@ with quiet.computing(folder):
 MEASURES = """
 import sys, time
 from pathlib import Path
-import quiet
+from execution import quiet
 folder, counter = map(Path, sys.argv[1:])
 with quiet.computing(folder):
     with quiet.alone():

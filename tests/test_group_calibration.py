@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binom
 
-from group_calibration import ALL, RELIABILITY_COLUMNS, calibration_errors, confidences, reliability
+from analysis.group_calibration import ALL, RELIABILITY_COLUMNS, calibration_errors, confidences, reliability
 from group_counts import wilson_interval
 
 

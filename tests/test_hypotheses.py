@@ -6,14 +6,12 @@ import pytest
 from fake_study import small_config, write_study
 from scipy.stats import binom
 
-import hypotheses
-import literature
-import rankings
+from analysis import hypotheses, literature, rankings
+from analysis.contrasts import Effects, pairs_of, select, study_of
 from config import Cells, Claim, Config, Hypothesis
-from contrasts import Effects, pairs_of, select, study_of
-from joint_bootstrap import TestSet, halves
 from phases.analysis import load_test_set, planned_rows
-from significance import holm
+from significance.intervals import holm
+from significance.joint_bootstrap import TestSet, halves
 
 FIVE = ("resnet50", "mobilenet_v2", "squeezenet1_1", "efficientnet_b0", "vit_small")  # 94, 9, 3, 16, 86 MB
 DEFAULT = {hypothesis.id: hypothesis for hypothesis in Config().analysis.hypotheses}

@@ -14,7 +14,7 @@ import main
 from config import PTQ_STRATEGIES, STRATEGIES, TRAINED_STRATEGIES, load_config
 from datasets import BatchLoader, load_dataset
 from fairness_losses import Groups
-from phases.plan import plan
+from plan import plan
 from quantization import apply_quantization
 from quantizers.numerics import QuantizationWarning
 

@@ -7,10 +7,8 @@ import pandas as pd
 import pytest
 from fake_study import small_config, write_study
 
-from contrasts import Effects
-from group_counts import METRICS, count_table, group_metrics, paired_count_table
-from joint_bootstrap import JointBootstrap, ReplicateTables, TestSet, image_weights, resampled_metrics
-from paired_tests import (
+from analysis.contrasts import Effects
+from analysis.paired_tests import (
     FLIP_COLUMNS,
     PERMUTATIONS_IN_ALL,
     SIGNIFICANCE_COLUMNS,
@@ -21,11 +19,13 @@ from paired_tests import (
     seed_effects,
     worst_group_changes,
 )
+from analysis.result_rows import with_labels
+from group_counts import METRICS, count_table, group_metrics, paired_count_table
 from phases.analysis import load_test_set, planned_rows
-from rate_limits import midp_interval
-from result_rows import with_labels
-from significance import paired_difference_intervals
-from statistical_tests import cohens_d, fair_coins, flip_permutation_test, hedges_g, holm, swap_test
+from significance.intervals import paired_difference_intervals
+from significance.joint_bootstrap import JointBootstrap, ReplicateTables, TestSet, image_weights, resampled_metrics
+from significance.rate_limits import midp_interval
+from significance.statistical_tests import cohens_d, fair_coins, flip_permutation_test, hedges_g, holm, swap_test
 
 
 def finished(tmp_path, config, **truth):

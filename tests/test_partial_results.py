@@ -9,10 +9,10 @@ import pytest
 from fake_study import NAMES, small_config, write_study
 
 import main
+from analysis.usable import NoUsablePredictions, usable_predictions
 from config import dump_config
 from phases.analysis import planned_rows, run
 from phases.measure import metric_settings, refresh_metrics
-from phases.usable import NoUsablePredictions, usable_predictions
 from store import SCHEMA_VERSION, StoreError, short_hash
 
 CONFIG = small_config("deployment.cells=[]", "deployment.export=[]", models=("mobilenet_v2",))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from config import load_config
-from phases.plan import plan
+from plan import plan
 from store import ROW_COLUMNS
 
 

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from configurations import MEASURES, accuracy_intervals, configurations
-from recommendation import BOUND_LABELS, PREFERENCES, Bounds, recommend, recommendation_sentences
-from significance import mcnemar_midp
-from winners import best_tests, sign_flip_midp
+from analysis.configurations import MEASURES, accuracy_intervals, configurations
+from analysis.recommendation import BOUND_LABELS, PREFERENCES, Bounds, recommend, recommendation_sentences
+from analysis.winners import best_tests, sign_flip_midp
+from significance.intervals import mcnemar_midp
 
 NONE = Bounds(largest_loss=None, largest_worst_group_loss=None)
 NAN = float("nan")

@@ -11,10 +11,8 @@ import pandas as pd
 import pytest
 from fake_report import EVIL, many_rows, result_rows, study
 
-from configurations import configurations
-from report import report_html, summary_markdown
-from report_page import to_json
-from study_tables import (
+from analysis.configurations import configurations
+from analysis.study_tables import (
     DEPLOYED_NOTE,
     best_settings,
     best_table,
@@ -27,7 +25,9 @@ from study_tables import (
     result_table,
     result_values,
 )
-from tables import MISSING, TableSection, markdown_escape
+from analysis.tables import MISSING, TableSection, markdown_escape
+from report import report_html, summary_markdown
+from report_page import to_json
 
 # --------------------------------------------------------------------------------------------------------------- tables
 

@@ -12,11 +12,11 @@ import pytest
 from fake_report import many_rows, study
 
 import report_page
-from configurations import MEASURES
-from recommendation import PREFERENCES, Bounds, recommend
+from analysis.configurations import MEASURES
+from analysis.recommendation import PREFERENCES, Bounds, recommend
+from analysis.result_rows import model_label
+from analysis.tables import TableSection
 from report import report_html
-from result_rows import model_label
-from tables import TableSection
 from visualizations import pareto_mask
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")

@@ -17,9 +17,9 @@ from cheap_run import cells_of, contents, fork, fork_run, run_here, write_config
 
 import main
 import owners
-import run_lock
+from execution import run_lock
+from execution.run_lock import only_run, owner_of
 from owners import Owner
-from run_lock import only_run, owner_of
 from store import Store, StoreError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked")

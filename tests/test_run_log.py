@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cheap_run import cells_of, fork, run_here, write_config
 
-from run_log import KEYS, RunLog, measured
+from execution.run_log import KEYS, RunLog, measured
 from store import Store, StoreError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked")

@@ -10,8 +10,8 @@ import pytest
 
 import main
 from config import load_config
-from phases.plan import plan
 from phases.shared import SharedSensitivity
+from plan import plan
 from quantizers import mixed_precision
 from quantizers.sensitivity import Sensitivity
 from store import TIMING_COLUMNS, Store

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap, ks_2samp
 
-import significance
 from group_counts import METRICS, count_table, group_metrics, group_rates, paired_count_table, wilson_interval
-from significance import bootstrap_intervals, paired_difference_intervals
+from significance import intervals as significance
+from significance.intervals import bootstrap_intervals, paired_difference_intervals
 
 HAND = np.array([[[50, 10], [10, 30]], [[30, 20], [30, 20]], [[8, 2], [3, 7]]])
 LARGE_GAP = np.array([[[180, 20], [20, 180]], [[110, 90], [90, 110]]])  # group 0 better by 0.35, far from a tie

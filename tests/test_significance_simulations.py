@@ -7,11 +7,11 @@ import pytest
 from scipy.special import gammaln, xlogy
 from scipy.stats import binom
 
-from certification import MIN_GROUP_SIZE
 from group_counts import METRICS, wilson_interval
-from rate_limits import equivalence_p, midp_interval, paired_difference_interval, proportion_limits
-from significance import all_intervals, bootstrap_intervals, paired_difference_intervals
-from statistical_tests import (
+from significance.certification import MIN_GROUP_SIZE
+from significance.intervals import all_intervals, bootstrap_intervals, paired_difference_intervals
+from significance.rate_limits import equivalence_p, midp_interval, paired_difference_interval, proportion_limits
+from significance.statistical_tests import (
     benjamini_hochberg,
     detectable_change_of_rate,
     detectable_difference,

@@ -14,11 +14,11 @@ from cheap_run import run_here, write_config
 from fake_study import small_config, write_study
 
 import main
+from execution.run_log import RunLog
 from owners import Owner, utc
 from phases import complete
-from phases.plan import plan
-from run_log import RunLog
-from status import OUT_OF_DATE, TO_DO, UNKNOWN, UP_TO_DATE, analysis_inputs, duration, study_status
+from phases.status import OUT_OF_DATE, TO_DO, UNKNOWN, UP_TO_DATE, analysis_inputs, duration, study_status
+from plan import plan
 from store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def test_without_a_log_nothing_is_invented(half):
 
 def test_the_closest_kin_is_asked(half):
     """The same data set, model and method; else the same model and method; else the model; else the phase."""
-    from status import _Durations
+    from phases.status import _Durations
 
     store = half[0]
     cells = plan(CONFIG)["quantization"]

@@ -26,7 +26,7 @@ import training
 from config import load_config
 from models import build_model
 from phases.drawing import TIMED
-from phases.plan import plan
+from plan import plan
 from store import COST_COLUMNS, DEPLOYED_COLUMNS, GROUP_COLUMNS, ROW_COLUMNS, SCHEMA_VERSION, TIMING_COLUMNS
 
 ROOT = Path(__file__).parent.parent

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from fake_report import EVIL, result_rows
 
-from study_tables import result_table
-from tables import (
+from analysis.study_tables import result_table
+from analysis.tables import (
     LATEX_NEEDS,
     latex_escape,
     markdown_escape,

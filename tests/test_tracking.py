@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 import main
-import tracking
 from config import ConfigError, load_config
-from phases.plan import plan
+from execution import tracking
+from execution.tracking import Tracker, check_installed, entry_of
+from plan import plan
 from store import TIMING_COLUMNS, Store
-from tracking import Tracker, check_installed, entry_of
 
 STUDY = {
     "data": {

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from fake_tables import costs, probabilities, tables
 
+from analysis.hypotheses import COLUMNS
+from analysis.result_rows import main_settings, plain_counterparts, with_labels
 from figures.style import MAX_HEIGHT, MOST_PAGES, mean_ends, paged, styles
-from hypotheses import COLUMNS
-from result_rows import main_settings, plain_counterparts, with_labels
 from visualizations import (
     accuracy_heatmap,
     all_pages,

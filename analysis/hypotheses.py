@@ -43,8 +43,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from config import GAP_METRICS, Claim, Hypothesis
-from contrasts import (
+from analysis.contrasts import (
     Effects,
     Pool,
     Ticket,
@@ -55,11 +54,8 @@ from contrasts import (
     study_of,
     undefined,
 )
-from joint_bootstrap import JointBootstrap, TestSet, equal_weights, interval_ends, nan_mean, percentile_interval
-from result_rows import model_label, with_labels
-from significance import holm
-from store import seed_for
-from wording import (
+from analysis.result_rows import model_label, with_labels
+from analysis.wording import (
     and_list,
     bound_inside,
     bound_text,
@@ -75,6 +71,17 @@ from wording import (
     test_name,
     unit,
 )
+from config import GAP_METRICS, Claim, Hypothesis
+from significance.intervals import holm
+from significance.joint_bootstrap import (
+    JointBootstrap,
+    TestSet,
+    equal_weights,
+    interval_ends,
+    nan_mean,
+    percentile_interval,
+)
+from store import seed_for
 
 SIZE_RATIO = 1.2  # by size: the largest is at least so much larger than the smallest, else there is nothing to compare
 UNSEEN = 2  # images more gained, and as many lost, in each rate

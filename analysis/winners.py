@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
-from joint_bootstrap import TestSet
-from result_rows import with_labels
-from significance import holm
+from analysis.result_rows import with_labels
+from significance.intervals import holm
+from significance.joint_bootstrap import TestSet
 
 COLUMNS = (
     "dataset", "model", "width", "seed", "setting", "cell", "accuracy", "other_setting", "other_accuracy", "n_images",

@@ -1,4 +1,4 @@
-"""Does what quantization does to whom transfer to another data set? From saved predictions: a frame, a table, a figure.
+"""Does what quantization does to whom transfer to another data set? From saved predictions: numbers and sentences.
 
 Models that were measured on a second data set (`evaluation.also_on`) are compared with their FP32 model on both: at
 home, on the test images of the data set that they were trained on, and abroad. Groups are those that both sets have,
@@ -10,21 +10,17 @@ interval from independent draws.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-import tables
+from analysis import tables
+from analysis.result_rows import FP32, main_settings, model_label, with_labels
+from analysis.usable import NoUsablePredictions, UsablePredictions, usable_predictions
 from config import Config
-from figures.style import COLOURS, FONT, GREY, MARKERS, WIDTH
 from group_mapping import Correspondence, correspondence
-from joint_bootstrap import TestSet
-from phases.usable import NoUsablePredictions, UsablePredictions, usable_predictions
-from result_rows import FP32, main_settings, model_label, with_labels
+from significance.joint_bootstrap import TestSet
 from store import Store, seed_for
 
 ALL = "all"  # the group of all images
@@ -40,12 +36,6 @@ NOTE = (
     "group hit hardest is chosen by its change at home, which is overstated by that; its change abroad is not. A model "
     "that does little better than guessing abroad has little to lose there."
 )
-CAPTION = (
-    "What quantization changes in each group's accuracy: on the data set that a model was trained on, and on another "
-    "one. On the diagonal it transfers."
-)
-MOST_ROWS = 8  # rows of the figure
-MOST_SETTINGS = 4
 
 
 def measure_transfer(
@@ -137,57 +127,6 @@ def transfer_sentences(frame: pd.DataFrame, level: float) -> list[str]:
             f"zero (by chance alone, about {(1 - level) * len(groups):.1f} would)."
         )
     return sentences
-
-
-def cross_dataset(frame: pd.DataFrame) -> Figure:
-    """Change of each group's accuracy against FP32, abroad over home, in points, with intervals: a row of panels for
-    each model and pair of data sets, a column for each main setting, each with a scale of its own."""
-    shown = frame[frame["is_main"] & frame["change_home"].notna() & frame["change_abroad"].notna()]
-    if shown.empty:
-        return _nothing("no quantized model was measured on another data set together with its FP32 model")
-    rows = list(dict.fromkeys(zip(shown["trained_on"], shown["evaluated_on"], shown["model"], strict=True)))
-    order = shown.drop_duplicates("setting").sort_values("setting_order", kind="stable")
-    settings = list(order["setting"])[:MOST_SETTINGS]
-    left_out = len(rows) - MOST_ROWS
-    rows = rows[:MOST_ROWS]
-    groups = list(dict.fromkeys(shown.loc[shown["group"] != ALL, "group"]))
-    style = {group: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, group in enumerate(groups)}
-    style = {name: ("#000000" if name == ALL else colour, mark) for name, (colour, mark) in style.items()}
-    style[ALL] = ("#000000", "*")
-    figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(settings), squeeze=False)
-    several = len({row[:2] for row in rows}) > 1
-    for i, (trained_on, evaluated_on, model) in enumerate(rows):
-        block = shown[
-            (shown["trained_on"] == trained_on) & (shown["evaluated_on"] == evaluated_on) & (shown["model"] == model)
-        ]
-        for j, setting in enumerate(settings):
-            axes = grid[i, j]
-            points = block[block["setting"] == setting]
-            if points.empty:
-                axes.set_visible(False)
-                continue
-            _panel(axes, points, style)
-            axes.set_title(_plain(setting if i == 0 else setting.split()[0]), fontsize=FONT - 0.5, loc="left")
-            if i == len(rows) - 1:
-                axes.set_xlabel(
-                    f"change on {_plain(trained_on)} (points)" if not several else "change at home", fontsize=6
-                )
-            if j == 0:
-                pair = f"\n{_plain(trained_on)} → {_plain(evaluated_on)}" if several else ""
-                axes.set_ylabel(f"{_plain(model_label(model))}{pair}\nchange on {_plain(evaluated_on)}", fontsize=6)
-    handles = [
-        Line2D([], [], color=style[group][0], marker=style[group][1], markersize=4, linewidth=1, label=_plain(label))
-        for group, label in (*((group, group) for group in groups), (ALL, "all images"))
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)), fontsize=6.5, frameon=False)
-    seeds = int(shown["n_seeds"].max())
-    title = "Change of accuracy by quantization, at home and on another data set, with intervals; dashed: the same"
-    title += f"; mean over {seeds} seeds" if seeds > 1 else ""
-    title += "; hollow: below the minimum group size" if shown["too_small"].any() else ""
-    title += f"; {left_out} further rows are in cross_dataset.csv" if left_out > 0 else ""
-    figure.suptitle(textwrap.fill(title, 118), fontsize=FONT + 0.5, x=0.01, ha="left", color="#222222")
-    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------- the numbers
@@ -293,34 +232,6 @@ def _ends(name: str, values_B: np.ndarray, level: float) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _panel(axes, points: pd.DataFrame, style: Mapping[str, tuple[str, str]]) -> None:
-    values = 100 * points[[f"change_{side}{end}" for side in ("home", "abroad") for end in ("", "_low", "_high")]]
-    low, high = min(0.0, float(values.min().min())), max(0.0, float(values.max().max()))
-    margin = 0.06 * max(high - low, 0.5)
-    limits = (low - margin, high + margin)
-    axes.plot(limits, limits, color=GREY, linewidth=0.7, linestyle=(0, (4, 2)), zorder=1)
-    for line in (axes.axhline, axes.axvline):
-        line(0, color="#CCCCCC", linewidth=0.6, zorder=0)
-    for row in points.to_dict("records"):
-        colour, marker = style[row["group"]]
-        x, y = 100 * row["change_home"], 100 * row["change_abroad"]
-        axes.plot([100 * row["change_home_low"], 100 * row["change_home_high"]], [y, y], color=colour, linewidth=0.8)
-        axes.plot(
-            [x, x], [100 * row["change_abroad_low"], 100 * row["change_abroad_high"]], color=colour, linewidth=0.8
-        )
-        size = 6 if row["group"] == ALL else 3.8
-        axes.plot(x, y, marker, color=colour, markersize=size, markerfacecolor="w" if row["too_small"] else colour)
-    axes.set_xlim(limits)
-    axes.set_ylim(limits)
-    axes.set_box_aspect(1)
-    axes.locator_params(nbins=4)
-    axes.grid(color="#EEEEEE", linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=6, length=2)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
 def _change(row: pd.Series, side: str) -> str:
     value, low, high = (100 * row[f"change_{side}{end}"] for end in ("", "_low", "_high"))
     if pd.isna(value):
@@ -332,14 +243,3 @@ def _change(row: pd.Series, side: str) -> str:
 def _span(values: pd.Series, sign: bool = True) -> str:
     low, high = tables.number(values.min(), 1, sign=sign), tables.number(values.max(), 1, sign=sign)
     return low if low == high else f"{low} to {high}"
-
-
-def _nothing(why: str) -> Figure:
-    figure = Figure(figsize=(WIDTH, 1.2))
-    figure.text(0.5, 0.5, f"Nothing to show: {_plain(why)}", ha="center", va="center", color=GREY, fontsize=FONT + 1)
-    return figure
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
-    return str(text).replace("$", r"\$")

@@ -19,11 +19,11 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-import tables
+from analysis import tables
+from analysis.contrasts import Effects, Pool, select, study_of
+from analysis.result_rows import FP32, main_settings, model_label
 from config import Cells
-from contrasts import Effects, Pool, select, study_of
-from joint_bootstrap import TestSet, percentile_interval
-from result_rows import FP32, main_settings, model_label
+from significance.joint_bootstrap import TestSet, percentile_interval
 
 LOSSES = {"accuracy": "accuracy", "worst_group_accuracy": "worst group"}
 RESILIENCE_COLUMNS = (

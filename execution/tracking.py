@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from config import Config, ConfigError
-from phases.plan import Cell
+from plan import Cell
 
 PROJECT = "beyond-naive-quantization"
 PIP = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}  # tracker -> its package

@@ -20,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from config import Config
+from execution.run_lock import owner_of
+from execution.run_log import RunLog
 from owners import Owner
 from phases import complete
-from phases.plan import Cell, plan
-from run_lock import owner_of
-from run_log import RunLog
+from plan import Cell, plan
 from store import Store, StoreError
 
 ANALYSIS = "analysis"  # the phase, and the name under which it is marked as running

@@ -10,9 +10,9 @@ import math
 import numpy as np
 import pandas as pd
 
-from result_rows import main_settings, model_label, plain_counterparts, with_labels
+from analysis.result_rows import main_settings, model_label, plain_counterparts, with_labels
+from analysis.tables import MISSING, number, with_interval, with_margin
 from store import INTERSECTION
-from tables import MISSING, number, with_interval, with_margin
 
 PERCENT_COLUMNS = {
     "worst_group_accuracy": "worst group %",

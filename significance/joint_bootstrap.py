@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from batched_metrics import table_metrics
 from group_counts import METRICS
+from significance.batched_metrics import table_metrics
 from store import seed_for
 
 BLOCK = 250  # replicates drawn by one generator, so that the draws do not depend on how many threads there are

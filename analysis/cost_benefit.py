@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from joint_bootstrap import TestSet, in_threads, percentile_interval
-from result_rows import main_settings, with_labels
+from analysis.result_rows import main_settings, with_labels
+from significance.joint_bootstrap import TestSet, in_threads, percentile_interval
 from store import seed_for
 
 MOST_REPLICATES = 1000  # the ends of an interval in a figure need no more

@@ -20,9 +20,9 @@ import torch
 
 from config import Config, ConfigError
 from datasets import DataError
+from execution.run_log import peak_memory_mb, reset_peak_memory, worker_name
 from models import CheckpointError
-from phases.plan import Cell
-from run_log import peak_memory_mb, reset_peak_memory, worker_name
+from plan import Cell
 from store import Store, StoreError, seed_for
 
 FATAL = (StoreError, DataError, ConfigError, CheckpointError)  # what no cell can help

@@ -25,8 +25,8 @@ import numpy as np
 from scipy.special import bdtr, betaincinv, gammaln, ndtri
 from scipy.stats import binom, false_discovery_control
 
-from batched_metrics import table_metrics
 from group_counts import METRICS
+from significance.batched_metrics import table_metrics
 
 PERMUTATION_BLOCK = 1000  # permutations by one generator, so that they do not depend on what runs side by side
 CHUNK = 200_000  # numbers held at once for the max-T test

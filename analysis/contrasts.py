@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from analysis.result_rows import parse_options, plain_counterparts, strategy_label, width_label, with_labels
 from config import Cells, Claim, parse_width
-from joint_bootstrap import JointBootstrap, TestSet, halves
-from result_rows import parse_options, plain_counterparts, strategy_label, width_label, with_labels
+from significance.joint_bootstrap import JointBootstrap, TestSet, halves
 
 COLUMNS = (
     "cell", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits", "options", "width",

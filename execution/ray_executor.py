@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cells as cell_work
-import quiet
-from cells import FATAL, Compute, Job, Outcome, PoisonedError, one_line
 from config import Config, ConfigError
-from executors import THREAD_VARIABLES, Clock, Ended, died, lost_outcome, timed_out
-from phases.plan import Cell
-from run_log import worker_name
+from execution import cells as cell_work
+from execution import quiet
+from execution.cells import FATAL, Compute, Job, Outcome, PoisonedError, one_line
+from execution.executors import THREAD_VARIABLES, Clock, Ended, died, lost_outcome, timed_out
+from execution.run_log import worker_name
+from plan import Cell
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 RAY_SECONDS = 0.25  # between two looks at what cells tell
 
 

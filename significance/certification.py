@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 from group_counts import eligible_groups, group_metrics
-from rate_limits import difference_limits, paired_difference_limits, proportion_limits
+from significance.rate_limits import difference_limits, paired_difference_limits, proportion_limits
 
 GAPS = (
     "demographic_parity_difference",

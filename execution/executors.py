@@ -28,12 +28,12 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from typing import Any
 
-import cells as cell_work
-import quiet
-from cells import FATAL, Compute, Job, Outcome, PoisonedError, log_entry, one_line
 from config import Config, ConfigError
-from phases.plan import Cell
-from run_log import worker_name
+from execution import cells as cell_work
+from execution import quiet
+from execution.cells import FATAL, Compute, Job, Outcome, PoisonedError, log_entry, one_line
+from execution.run_log import worker_name
+from plan import Cell
 
 Ended = tuple[Cell, Outcome]
 THREAD_VARIABLES = (
@@ -58,7 +58,7 @@ def open_executor(config: Config, device: str) -> Any:
     on CUDA, where an error poisons the process, it is one worker process.
     """
     if config.run.executor == "ray":
-        from ray_executor import Ray
+        from execution.ray_executor import Ray
 
         return Ray(config, device)
     if config.run.executor == "processes" or config.run.cell_timeout is not None or device == "cuda":

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from joint_bootstrap import TestSet
-from result_rows import FP32, with_labels
+from analysis.result_rows import FP32, with_labels
+from significance.joint_bootstrap import TestSet
 from store import seed_for
 
 PERCENTAGES = ("accuracy", "worst_group_accuracy", "accuracy_gap", "equalized_odds_difference")

@@ -35,13 +35,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from contrasts import Effects
+from analysis.contrasts import Effects
+from analysis.result_rows import plain_counterparts
 from group_counts import METRICS, paired_count_table
-from joint_bootstrap import TestSet, in_threads, resampled_metrics
-from rate_limits import equivalence_p, midp_interval, paired_difference_interval
-from result_rows import plain_counterparts
-from significance import acceleration, interval_ends, left_out_tables, paired_differences
-from statistical_tests import (
+from significance.intervals import acceleration, interval_ends, left_out_tables, paired_differences
+from significance.joint_bootstrap import TestSet, in_threads, resampled_metrics
+from significance.rate_limits import equivalence_p, midp_interval, paired_difference_interval
+from significance.statistical_tests import (
     benjamini_hochberg,
     cohens_d,
     detectable_difference,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-import tables
+from analysis import tables
 
 TITLE = "Beside the literature"
 NOTE = (

@@ -22,12 +22,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from batched_metrics import table_metrics
 from group_counts import METRICS, eligible_groups, group_rates
 from group_counts import paired_count_table as paired_count_table
 from group_counts import wilson_interval as wilson_interval
-from statistical_tests import holm as holm
-from statistical_tests import mcnemar_midp as mcnemar_midp
+from significance.batched_metrics import table_metrics
+from significance.statistical_tests import holm as holm
+from significance.statistical_tests import mcnemar_midp as mcnemar_midp
 
 CHUNK_CELLS = 2_000_000  # cells of the replicate tables held at once: 16 MB of counts, a few times that in rates
 GROUP_RATES = (

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from result_rows import model_label
-from tables import number, with_interval
+from analysis.result_rows import model_label
+from analysis.tables import number, with_interval
 
 TOLERANCE = 1e-9  # so that a bound of 90 is held by what is printed as 90 and computed as 89.99999999999999
 # the value preferred -> (column, whether more is better, in words)
