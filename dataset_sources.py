@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from config import CelebA, DatasetSection, FairFace, UTKFace, suggest
 from image_cache import DataError
+from sections.base import suggest
+from sections.data import CelebA, DatasetSection, FairFace, UTKFace
 
 AGE_GROUPS = ("under 20", "20-39", "40 and over")
 EXTRACT_TEST_SHARE = 0.2  # of an extract of CelebA that holds no official test image

@@ -27,9 +27,11 @@ import numpy as np
 
 import synthetic_faces
 from batches import MEAN, STD, BatchLoader
-from config import DATASETS, Config, ConfigError, DatasetSection, load_config, suggest
+from config import Config, ConfigError, load_config
 from dataset_sources import READERS, Samples, listed, name_hashes, stratified_order
 from image_cache import Block, CachedImages, DataError, Progress, cached_images, decoded_images, files_digest
+from sections.base import DATASETS, suggest
+from sections.data import DatasetSection
 
 __all__ = [
     "MEAN",

@@ -234,7 +234,7 @@ def load_engine(
     the processor has it. Raises DeploymentError, one line: an engine that is not installed (and what to install), a
     file that is not one of this program's, a model that the engine cannot run.
     """
-    from config import suggest
+    from sections.base import suggest
 
     if engine not in ENGINES:
         raise DeploymentError(f"unknown engine {engine!r}{suggest(engine, ENGINES)}")

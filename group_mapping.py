@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import Config, ConfigError, suggest
+from config import Config, ConfigError
 from dataset_sources import CELEBA_VALUE_NAMES, FAIRFACE_VALUE_NAMES, UTKFACE_VALUE_NAMES
+from sections.base import suggest
 from synthetic_faces import VALUE_NAMES
 
 _VALUE_NAMES = {"utkface": UTKFACE_VALUE_NAMES, "fairface": FAIRFACE_VALUE_NAMES, "synthetic": VALUE_NAMES}

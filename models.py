@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from config import MODELS, ConfigError, suggest
+from config import ConfigError
+from sections.base import MODELS, suggest
 from store import StoreError, atomic_path
 
 CHECKPOINT_FORMAT = "beyond-naive-quantization/checkpoint/1"

@@ -12,27 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import (
-    QAT,
-    RECONSTRUCTION_KEYS,
-    SHORTHANDS,
+from config import Config
+from sections.base import Section, parse_width
+from sections.mitigation import (
     STRATEGY_SECTIONS,
-    Config,
     Distillation,
     FairBiasCorrection,
     FairMixedPrecision,
     FairReconstruction,
-    MethodEntry,
     MinimaxRanges,
     Repair,
-    Section,
     SensitiveChannels,
     SensitiveLayers,
     Started,
     TrainedRepair,
-    Training,
-    parse_width,
 )
+from sections.quantization import QAT, RECONSTRUCTION_KEYS, SHORTHANDS, MethodEntry
+from sections.training import Training
 from store import SCHEMA_VERSION, short_hash
 
 QUANTIZATION_VERSION = 3  # of how quantizers/ computes: another one makes other cells, whose results are not mixed

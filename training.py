@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from config import Training
 from evaluation import EvaluationError, Predictions, as_batch, device_of, predict
 from models import has_depthwise_convolution
+from sections.training import Training
 
 Loss = Callable[[torch.Tensor, Any], torch.Tensor]  # (logits (N, K), batch) -> scalar
 Score = Callable[[Predictions], float]  # of the validation predictions; larger is better

@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.result_rows import parse_options, plain_counterparts, strategy_label, width_label, with_labels
-from config import Cells, Claim, parse_width
+from sections.analysis import Cells, Claim
+from sections.base import parse_width
 from significance.joint_bootstrap import JointBootstrap, TestSet, halves
 
 COLUMNS = (

@@ -1,7 +1,7 @@
 """Hypotheses as decision rules, computed from predictions: supported, contradicted, inconclusive or not tested.
 
 A hypothesis is one claim or several, written in the config (`analysis.hypotheses`; the default ones are
-config.HYPOTHESES): which cells are compared with which, in which metric, and above or below what the effect shall lie.
+HYPOTHESES): which cells are compared with which, in which metric, and above or below what the effect shall lie.
 contrasts.py says how the effects are computed; here they are decided upon.
 
 What the intervals cover. All models of a data set are measured on the same test images, so images are resampled jointly
@@ -71,7 +71,7 @@ from analysis.wording import (
     test_name,
     unit,
 )
-from config import GAP_METRICS, Claim, Hypothesis
+from sections.analysis import GAP_METRICS, Claim, Hypothesis
 from significance.intervals import holm
 from significance.joint_bootstrap import (
     JointBootstrap,

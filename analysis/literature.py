@@ -27,7 +27,7 @@ class Finding:
     finding: str
     studied: str
     citation: str
-    hypothesis: str  # an id of config.HYPOTHESES
+    hypothesis: str  # an id of HYPOTHESES
     agrees_with: str  # the verdict of it that agrees with the finding
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 from analysis import tables
 from analysis.contrasts import Effects, Pool, select, study_of
 from analysis.result_rows import FP32, main_settings, model_label
-from config import Cells
+from sections.analysis import Cells
 from significance.joint_bootstrap import TestSet, percentile_interval
 
 LOSSES = {"accuracy": "accuracy", "worst_group_accuracy": "worst group"}

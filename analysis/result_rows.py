@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 
-from config import RECONSTRUCTION_KEYS
+from sections.quantization import RECONSTRUCTION_KEYS
 
 MODEL_LABELS = {
     "resnet50": "ResNet-50",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis.contrasts import describe, describe_reference
-from config import GAP_METRICS, Claim
+from sections.analysis import GAP_METRICS, Claim
 
 UNITS = {"accuracy_loss": "points of accuracy lost", "worst_group_excess_loss": "points of accuracy lost"}
 

@@ -39,8 +39,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from benchmarks.schedule import Task, critical_path, schedule
-from config import MODELS, Config, load_config
+from config import Config, load_config
 from plan import Cell, plan
+from sections.base import MODELS
 
 OUTPUT = Path("docs/scaling/cost_model.json")
 BATCH = 32  # of training; of evaluation 128 in a config, which costs an image as much
@@ -151,12 +152,12 @@ def grid() -> Iterator[tuple[int, tuple[int, int]]]:
 def measured(name: str, size: int, images: int, groups: int, kinds: list[str]) -> Iterator[Measurement]:
     import torch
 
-    from config import Training
     from evaluation import predict
     from models import build_model
     from quantization import apply_quantization
     from quantizers import ptq
     from quantizers.sensitivity import measure_sensitivity
+    from sections.training import Training
     from training import train
 
     generator = torch.Generator().manual_seed(0)

@@ -68,7 +68,7 @@ def main() -> None:
     if options.worker:
         work(*options.worker, options.threads)
         return
-    from config import MODELS
+    from sections.base import MODELS
 
     names = options.models or list(MODELS)
     parts = options.parts or ("size", "agreement", "latency")

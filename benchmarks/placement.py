@@ -13,9 +13,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from config import MODELS
 from models import build_model, count_parameters
 from quantizers.graph import prepare
+from sections.base import MODELS
 
 # shapes and views move values without changing them: an integer engine does them on integers
 MOVES = {

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from config import Config, Training
+from config import Config
 from datasets import SPLITS, BatchLoader, FaceDataset, load_dataset
 from evaluation import predict
 from models import build_model, checkpoint_matches, load_checkpoint, save_checkpoint
@@ -17,6 +17,7 @@ from phases import cross_evaluate, deploy
 from phases.measure import measure
 from plan import Cell, plan
 from runner import CellResult, Compute, Report, run_cells
+from sections.training import Training
 from store import Store, StoreError, seed_for
 from training import train
 

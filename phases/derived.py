@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from config import QAT, Config, Training
+from config import Config
 from datasets import BatchLoader, FaceDataset, calibration_subset
 from evaluation import predict
 from models import checkpoint_description, checkpoint_matches
@@ -31,6 +31,8 @@ from plan import Cell, plan
 from quantization import apply_quantization
 from quantizers.numerics import QuantizationWarning
 from runner import CellResult, Compute, Report, run_cells
+from sections.quantization import QAT
+from sections.training import Training
 from store import MissingArtifactError, Store, StoreError, seed_for
 
 

@@ -34,11 +34,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from config import suggest
 from evaluation import Predictions, as_batch, model_size_mb, predict
 from group_counts import paired_count_table
 from quantizers import methods
 from quantizers.numerics import QuantizationError, QuantizationWarning, check_bits
+from sections.base import suggest
 from significance.certification import (
     DROP,
     GAPS,

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from config import Training
 from quantizers.modules import QuantizedModel
 from quantizers.qat import learnable
+from sections.training import Training
 from training import Loss, Score, TrainingResult, train
 
 

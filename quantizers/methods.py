@@ -11,32 +11,6 @@ import numpy as np
 import pydantic
 from torch import nn
 
-from config import (
-    QAT,
-    QUANTIZATION_METHODS,
-    SHORTHANDS,
-    BalancedFinetuning,
-    BiasAwareCalibration,
-    Distillation,
-    FairBiasCorrection,
-    FairMixedPrecision,
-    FairnessFinetuning,
-    FairReconstruction,
-    GroupDRO,
-    GroupWeightedObservers,
-    MinimaxRanges,
-    MixedPrecision,
-    OutputCalibration,
-    PTQDynamic,
-    PTQStatic,
-    Reweighing,
-    Section,
-    SensitiveChannels,
-    SensitiveLayers,
-    ThresholdAdjustment,
-    Training,
-    suggest,
-)
 from evaluation import as_batch
 from fairness_losses import (
     FairnessPenalty,
@@ -58,6 +32,26 @@ from quantizers.numerics import QuantizationError, check_bits
 from quantizers.output_calibration import calibrate_output
 from quantizers.qat import quantization_aware_training
 from quantizers.thresholds import GroupThresholds, adjust_thresholds
+from sections.base import Section, suggest
+from sections.mitigation import (
+    BalancedFinetuning,
+    BiasAwareCalibration,
+    Distillation,
+    FairBiasCorrection,
+    FairMixedPrecision,
+    FairnessFinetuning,
+    FairReconstruction,
+    GroupDRO,
+    GroupWeightedObservers,
+    MinimaxRanges,
+    OutputCalibration,
+    Reweighing,
+    SensitiveChannels,
+    SensitiveLayers,
+    ThresholdAdjustment,
+)
+from sections.quantization import QAT, QUANTIZATION_METHODS, SHORTHANDS, MixedPrecision, PTQDynamic, PTQStatic
+from sections.training import Training
 from store import seed_for
 from training import Loss, cross_entropy
 

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from config import Training
 from quantizers import ptq
 from quantizers.calibration import check_images, set_ranges
 from quantizers.learned import SCALE_RATE, LearnedActivation, LearnedStep, replaced
 from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, QuantizedLayer, QuantizedModel
 from quantizers.numerics import FLOAT_BITS, HALF_BITS, MAX_BITS, QuantizationError, activation_range, along
+from sections.training import Training
 from training import Loss, TrainingResult, train
 
 CELL_MARGIN = 0.25  # in steps: how far inside its rounding cell a weight starts at least, lest the first steps undo it

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from config import BackendName
 from models import build_model
 from quantization import METHODS, QuantizationError, apply_quantization
 from quantizers.inference import FastQuantizer
@@ -25,6 +24,7 @@ from quantizers.numerics import (
 )
 from quantizers.observers import WEIGHT_OBSERVERS
 from quantizers.ptq import Recipe, attach
+from sections.quantization import BackendName
 
 BITS = range(2, 9)
 WEIGHT_RANGES = {"x86": (-128, 127), "arm": (-127, 127), "tensorrt": (-128, 127)}  # of 8 bits

@@ -7,17 +7,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import (
-    SHORTHANDS,
-    Config,
-    ConfigError,
-    MethodEntry,
-    TrainingOverrides,
-    dump_config,
-    load_config,
-    parse_width,
-    suggest,
-)
+from config import Config, ConfigError, dump_config, load_config
+from sections.base import parse_width, suggest
+from sections.quantization import SHORTHANDS, MethodEntry
+from sections.training import TrainingOverrides
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 MAPPINGS = {"training.per_model", "models.weights", "models.options", "evaluation.mappings"}  # the user's keys

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from config import Training
 from evaluation import predict
 from fairness_losses import (
     FairnessPenalty,
@@ -28,6 +27,7 @@ from quantizers.modules import DynamicActivationQuantizer, QuantizedModel
 from quantizers.numerics import along
 from quantizers.qat import LearnedLayer, PassedActivation, learnable, weights_that_round_to
 from quantizers.reconstruction import reconstruct
+from sections.training import Training
 from training import TrainingError, cross_entropy, train
 
 

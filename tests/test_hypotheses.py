@@ -8,8 +8,9 @@ from scipy.stats import binom
 
 from analysis import hypotheses, literature, rankings
 from analysis.contrasts import Effects, pairs_of, select, study_of
-from config import Cells, Claim, Config, Hypothesis
+from config import Config
 from phases.analysis import load_test_set, planned_rows
+from sections.analysis import Cells, Claim, Hypothesis
 from significance.intervals import holm
 from significance.joint_bootstrap import TestSet, halves
 

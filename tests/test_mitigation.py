@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import main
-from config import PTQ_STRATEGIES, STRATEGIES, TRAINED_STRATEGIES, load_config
+from config import load_config
 from datasets import BatchLoader, load_dataset
 from fairness_losses import Groups
 from plan import plan
 from quantization import apply_quantization
 from quantizers.numerics import QuantizationWarning
+from sections.mitigation import PTQ_STRATEGIES, STRATEGIES, TRAINED_STRATEGIES
 
 CONFIG = {
     "data": {

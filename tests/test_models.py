@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import models
-from config import MODELS, ConfigError
+from config import ConfigError
 from models import (
     CHECKPOINT_FORMAT,
     CheckpointError,
@@ -30,6 +30,7 @@ from models import (
 )
 from quantizers.ptq import ptq_static
 from quantizers.qat import learnable
+from sections.base import MODELS
 from store import StoreError
 
 PUBLISHED = {  # torchvision's and timm's tables give 25.6, 3.5, 1.24, 5.29 and 22.05 million

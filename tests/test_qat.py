@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from config import Training
 from quantizers import qat
 from quantizers.learned import LearnedStep
 from quantizers.modules import QuantizedModel
 from quantizers.numerics import QuantizationError
 from quantizers.ptq import ptq_static
 from quantizers.qat import learnable, quantization_aware_training
+from sections.training import Training
 from training import TrainingError, train
 
 

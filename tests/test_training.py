@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import training
-from config import Training
 from models import build_model
+from sections.training import Training
 from training import TrainingError, choose_precision, cross_entropy, train
 
 

@@ -1,0 +1,1 @@
+"""The sections of the configuration: every key, its default and its range (config.py loads them)."""
