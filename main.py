@@ -1,14 +1,18 @@
 """Command line of the study: python main.py --phase {baseline,quantization,mitigation,analysis,all}.
 
 python main.py --status tells how far it is. Exit status: 0 all done, 1 some cells failed, 2 bad config, data or
-arguments, or a results folder that cannot be used or is in use, 130 interrupted.
+arguments, or a results folder that cannot be used or is in use, 130 interrupted, 143 terminated (SIGTERM, which cluster
+schedulers send before a job's time is over).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from config import Config, ConfigError, dump_config, load_config
@@ -25,10 +29,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json and not options.status:
         parser.error("--json is for --status")
     try:
-        return _main(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished cells are kept: run the same command again to go on", file=sys.stderr)
-        return 130
+        with _termination_raises():
+            return _main(options)
+    except KeyboardInterrupt as stop:
+        what, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print(f"\n{what}; finished cells are kept: run the same command again to go on", file=sys.stderr)
+        return status
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: stops the run as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _termination_raises() -> Iterator[None]:
+    def stop(number, frame):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _main(options: argparse.Namespace) -> int:

@@ -28,7 +28,10 @@ from store import Store, StoreError
 
 __all__ = ["FATAL", "CellResult", "Compute", "Report", "one_line", "run_cells"]
 
-TABLE_SECONDS = 5.0  # the tables on disk are at most so much older than the records they are made of
+# the tables on disk are at most so much older than the records they are made of; where there are so many records that
+# writing the tables takes long, so that a run has no more than a share of its time for it
+TABLE_SECONDS = 5.0
+TABLE_SHARE = 0.02
 _runs = itertools.count()
 
 
@@ -155,7 +158,7 @@ def run_cells(
     if report.chosen is not None:
         todo = report.chosen(todo)
     report.start(phase, len(cells), done, len(todo))
-    written = time.monotonic()
+    write_again = time.monotonic() + TABLE_SECONDS
     job = Job(prepare, config, str(store.root.absolute()), device, f"{phase}-{os.getpid()}-{next(_runs)}")
     executor = report.executor or open_executor(config, device)
     try:
@@ -166,9 +169,10 @@ def run_cells(
                 report.end(cell.id)
                 seconds = outcome.log["seconds"]
                 report.line(f"  [{report.ended}/{len(todo)}] {cell.id}: {_told(outcome.row)} ({seconds:.1f} s)")
-                if time.monotonic() - written > TABLE_SECONDS:
+                if (now := time.monotonic()) > write_again:
                     store.write_tables(phase, planned)
-                    written = time.monotonic()
+                    took = time.monotonic() - now
+                    write_again = now + max(TABLE_SECONDS, took / TABLE_SHARE)
     finally:
         if executor is not report.executor:
             executor.close()

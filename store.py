@@ -279,41 +279,36 @@ class Store:
 
     # ----------------------------------------------------------------------------------------------------------- tables
 
-    def records(self, phase: str | None = None) -> dict[str, dict]:
-        """Every record in the folder, by cell."""
-        found = {}
+    def records(self, phase: str | None = None) -> Iterator[tuple[str, dict]]:
+        """(cell, record) of every record in the folder, by name; one is read at a time."""
         for path in sorted(self.place("cells").glob("*.json")):
             record = self.record(path.stem)
             if record is not None and (phase is None or record["row"]["phase"] == phase):
-                found[path.stem] = record
-        return found
+                yield path.stem, record
 
     def write_tables(self, phase: str, planned: Sequence[str]) -> pd.DataFrame:
         """`<phase>_results.csv` (and .json), planned cells first and in their order, and `group_results.csv`.
 
         Rows of cells that the current config does not plan stay in the files, after the planned ones.
         """
-        rows = ordered_rows(self.records(phase), planned)
-        frame = pd.DataFrame([record["row"] for record in rows], columns=list(ROW_COLUMNS))
+        rows = ordered_rows({cell: record["row"] for cell, record in self.records(phase)}, planned)
+        frame = pd.DataFrame(rows, columns=list(ROW_COLUMNS))
         write_text(self.results_path(phase), frame.to_csv(index=False))
         if phase != "baseline":
-            write_json(self.results_path(phase, "json"), [_without_missing(record["row"]) for record in rows])
+            write_json(self.results_path(phase, "json"), [_without_missing(row) for row in rows])
         return frame
 
     def write_group_table(self, planned: Sequence[str]) -> None:
-        rows = ordered_rows(self.records(), planned)
-        frame = pd.DataFrame([group for record in rows for group in record["groups"]], columns=list(GROUP_COLUMNS))
+        groups = ordered_rows({cell: record["groups"] for cell, record in self.records()}, planned)
+        frame = pd.DataFrame([group for of_cell in groups for group in of_cell], columns=list(GROUP_COLUMNS))
         write_text(self.place("group_results.csv"), frame.to_csv(index=False))
 
     def write_extra_table(self, name: str, key: str, columns: Sequence[str], planned: Sequence[str]) -> None:
         """`<name>.csv`, keyed by `cell`: the rows that cells of whatever phase hold under `key` of their extra."""
-        records = self.records()
-        rows = [
-            {"cell": cell, **row}
-            for cell in (*planned, *sorted(set(records) - set(planned)))
-            if cell in records
-            for row in records[cell]["extra"].get(key, [])
-        ]
+        kept = {
+            cell: [{"cell": cell, **row} for row in record["extra"].get(key, [])] for cell, record in self.records()
+        }
+        rows = [row for of_cell in ordered_rows(kept, planned) for row in of_cell]
         frame = pd.DataFrame(rows, columns=["cell", *columns])
         write_text(self.place(f"{name}.csv"), frame.to_csv(index=False))
 
@@ -357,10 +352,10 @@ def _read_csv(path: Path, columns: Sequence[str], phase: str) -> pd.DataFrame:
     return table
 
 
-def ordered_rows(records: dict[str, dict], planned: Sequence[str]) -> list[dict]:
-    """Planned cells in planned order, then the others by name."""
-    others = sorted(set(records) - set(planned))
-    return [records[cell] for cell in (*planned, *others) if cell in records]
+def ordered_rows(by_cell: dict[str, Any], planned: Sequence[str]) -> list[Any]:
+    """What is of planned cells in planned order, then that of the others by name."""
+    others = sorted(set(by_cell) - set(planned))
+    return [by_cell[cell] for cell in (*planned, *others) if cell in by_cell]
 
 
 # ----------------------------------------------------------------------------------------------------------- identities

@@ -145,7 +145,7 @@ def failures(cells: Iterable[Cell], config: Config, store: Store) -> list[str]:
 
 def write_tables(store: Store, planned: list[str]) -> None:
     """cross_dataset.csv and cross_dataset_groups.csv, where a cell was measured on another data set."""
-    if any("cross_dataset" in record["extra"] for record in store.records().values()):
+    if any("cross_dataset" in record["extra"] for _, record in store.records()):
         store.write_extra_table("cross_dataset", "cross_dataset", COLUMNS, planned)
         store.write_extra_table("cross_dataset_groups", "cross_dataset_groups", GROUP_COLUMNS, planned)
 

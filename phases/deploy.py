@@ -193,7 +193,7 @@ def write_tables(store: Store, planned: list[str]) -> None:
     metrics = sorted(
         {
             key
-            for record in store.records().values()
+            for _, record in store.records()
             for row in record["extra"].get("deployment", [])
             for key in row
             if key.startswith("deployed_")

@@ -73,6 +73,6 @@ def _measured(fp32, quantized, cell: Cell, dataset: FaceDataset, config: Config,
 
 def write_tables(store: Store, planned: list[str]) -> None:
     """diagnostics.csv, diagnostics_clipping.csv, diagnostics_exemplars.csv, where a cell was diagnosed."""
-    if any("diagnostics_settings" in record["extra"] for record in store.records().values()):
+    if any("diagnostics_settings" in record["extra"] for _, record in store.records()):
         for name, columns in TABLES.items():
             store.write_extra_table(name, name, columns, planned)

@@ -57,7 +57,7 @@ def finished(results: Path) -> dict[Path, int]:
     """The files of the cells that are done, with when they were written."""
     store = Store(results)
     stamps = {}
-    for cell, record in store.records().items():
+    for cell, record in store.records():
         assert store.is_done(cell)
         row = record["row"]
         checkpoint = store.checkpoint_path(row["dataset"], row["model"], row["seed"])
@@ -271,7 +271,10 @@ def test_nothing_reads_as_done_before_all_of_it_is_on_the_disk(config, tmp_path,
     assert all(("sync", name, None) in seen for name in ("results", tmp_path.name))  # the names of the folders
 
 
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(config, uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "what"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_ctrl_c_and_sigterm_stop_cleanly_and_say_how_to_go_on(number, status, what, config, uninterrupted, tmp_path):
     results = tmp_path / "results"
 
     def slowly(cell, computed, store):
@@ -279,8 +282,8 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(config, uninterrupted, tmp_p
 
     child = fork_run(tmp_path / "run", config, results, event=slowly)
     child.wait_for(lambda: len(list((results / "cells").glob("*.json"))) == 4 and list((results / "running").iterdir()))
-    assert child.kill(signal.SIGINT) == 130
-    assert child.err.strip() == "interrupted; finished cells are kept: run the same command again to go on"
+    assert child.kill(number) == status
+    assert child.err.strip() == f"{what}; finished cells are kept: run the same command again to go on"
     assert (results / "baseline_results.csv").read_text().count("\n") == 1 + 4  # the table has what is finished
     assert not list((results / "running").iterdir()) and not (results / ".lock.json").exists()
     goes_on(config, results, uninterrupted, 4)

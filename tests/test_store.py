@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -294,15 +295,30 @@ def test_clear_forgets_the_record_first(store, monkeypatch):
     store.clear(["c", "never there"])
     assert removed[0] == "cells"
     assert not store.predictions_path("c").exists()
-    assert list(store.records()) == ["other"]
+    assert [cell for cell, _ in store.records()] == ["other"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"null", b"{}", b"[1, 2]", b'{"row": {}}', b"<html>"])
 def test_an_unreadable_record_is_refused_by_name(store, content):
     store.record_path("c").write_bytes(content)
-    for use in (store.record, store.is_done, lambda cell: store.records()):
+    for use in (store.record, store.is_done, lambda cell: list(store.records())):
         with pytest.raises(StoreError, match=r"c\.json: cannot be read .*delete it"):
             use("c")
+
+
+def test_tables_hold_one_record_at_a_time(store):
+    """What they take is that of their rows, not of all that the records hold."""
+    for number in range(100):
+        store.write_cell(row(f"c{number}"), [], {"notes": ["x" * 100_000]})
+    tracemalloc.start()
+    try:
+        store.write_tables("quantization", [])
+        store.write_group_table([])
+        store.write_extra_table("few", "absent", ["x"], [])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000_000  # the notes alone are 10 MB
 
 
 def test_tables_have_planned_cells_first_and_in_their_order(store):
@@ -315,7 +331,7 @@ def test_tables_have_planned_cells_first_and_in_their_order(store):
     assert [entry["cell"] for entry in json.loads(store.results_path("quantization", "json").read_text())] == list(
         "zabm"
     )
-    assert list(store.records("baseline")) == ["base"]
+    assert [cell for cell, _ in store.records("baseline")] == ["base"]
     assert ordered_rows({"b": 1, "a": 2, "c": 3}, ["c", "x"]) == [3, 2, 1]
 
 
