@@ -3,6 +3,7 @@
     python benchmarks/mitigation.py --data synthetic
     python benchmarks/mitigation.py --data fairface --set data.fairface.root=FOLDER
     python benchmarks/mitigation.py --print
+    python benchmarks/mitigation.py --diagnose --setting W3A3 --data fairface --set data.fairface.root=FOLDER
 
 Trains the float models of mitigation_<data>.yaml where they are missing (main.py's baseline phase: 3 seeds of a
 MobileNetV2), and quantizes each of them in every way of METHODS. Which setting is compared at is found first: the
@@ -12,7 +13,8 @@ on test images.
 
 Each result is kept in RESULTS_DIR/<data>/mitigation/ as it is measured: run again, only what is missing is computed;
 `--print` computes nothing. Differences are paired, image by image, averaged over the seeds; intervals are 95 %
-percentile intervals of a bootstrap over the images, given the seeds.
+percentile intervals of a bootstrap over the images, given the seeds. `--diagnose` asks why instead: what the groups of
+the first attribute meet in the float model and in the best plain one (diagnostics.py), on validation images.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from batches import BatchLoader
 from config import dump_config, load_config
 from datasets import Split, calibration_subset, load_dataset
+from diagnostics import diagnose
 from evaluation import model_size_mb, predict
 from group_counts import count_table, group_metrics, intersect
 from models import build_model, load_checkpoint
@@ -53,7 +57,9 @@ REPLICATES = 2000
 LEAST_GROUP = 50  # validation images of a group that may be the worst one
 
 ITERATIONS = {"fairface": 50, "synthetic": 100}  # optimizer steps a block
+LONGER = 300  # the default of the configuration
 RECONSTRUCTION = {"rounding": "adaround"}
+HESSIAN_IMAGES = 64  # of each group
 PLAIN = {
     "PTQ": ("ptq_static", {}),
     "PTQ, bias corrected": ("ptq_static", {"bias_correction": True}),
@@ -62,6 +68,7 @@ PLAIN = {
     "mixed precision, reconstruction": ("mixed_precision", RECONSTRUCTION),
 }
 WITHOUT_TRAINING = {
+    "longer reconstruction": ("ptq_static", {**RECONSTRUCTION, "reconstruction_iterations": LONGER}),  # blind to groups
     "balanced calibration": ("bias_aware_calibration", RECONSTRUCTION),
     "group-weighted observers": ("group_weighted_observers", RECONSTRUCTION),
     "minimax ranges": ("minimax_ranges", RECONSTRUCTION),
@@ -107,6 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the quantization; the float models have their own")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what is printed")
     parser.add_argument("--print", action="store_true", dest="only_print", help="compute nothing")
+    parser.add_argument("--diagnose", action="store_true", help="why groups suffer from the best plain quantization")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     comparisons = []
@@ -121,11 +129,14 @@ def main() -> None:
             for seed in seeds:
                 study.measure(seed, "FP32", None)
             setting = arguments.setting or study.find_setting(seeds)
-            for label in arguments.methods or METHODS:
+            for label in () if arguments.diagnose else arguments.methods or METHODS:
                 for seed in seeds:
                     study.measure(seed, label, setting)
-        comparisons.append(show(study, seeds, arguments.setting))
-    if arguments.figure is not None:
+        if arguments.diagnose:
+            study.diagnose(seeds, arguments.setting or study.measured_setting(seeds), arguments.only_print)
+        else:
+            comparisons.append(show(study, seeds, arguments.setting))
+    if arguments.figure is not None and comparisons:
         figure(comparisons).savefig(arguments.figure, dpi=150)
 
 
@@ -218,7 +229,7 @@ class Study:
         positions = np.unique(calibration_subset(split, CALIBRATION_IMAGES, generator, balance=balance))
         options = dict(options)
         if options.get("rounding") == "adaround":
-            options["reconstruction_iterations"] = ITERATIONS[self.data]
+            options.setdefault("reconstruction_iterations", ITERATIONS[self.data])
         train = validation = None
         if label in WITH_TRAINING:
             options |= {**TRAINING, "batch_size": self.config.training.batch_size}
@@ -252,6 +263,38 @@ class Study:
             drop_last=True,
             channels_last=True,
         )
+
+    def diagnose(self, seeds: Sequence[int], setting: str, only_print: bool) -> None:
+        """Print what each group of the first attribute meets in the float model and in the best plain one."""
+        label, attribute = self.best_plain(seeds, setting), next(iter(self.dataset.sensitive_names))
+        found = []
+        for seed in seeds:
+            path = self.path(seed, label, setting)
+            path = path.with_name(f"diagnosis-{path.name}")
+            if not path.exists() and not only_print:
+                write_json(path, self.diagnosis(seed, label, setting, attribute))
+            if path.exists():
+                found.append(json.loads(path.read_text()))
+                print(f"{self.data} s{seed} {label} {setting}: diagnosed", flush=True)
+        if found:
+            show_diagnosis(self, seeds[: len(found)], label, setting, attribute, found)
+
+    def diagnosis(self, seed: int, label: str, setting: str, attribute: str) -> dict[str, list[dict]]:
+        tables = diagnose(
+            self.model(seed),
+            self.quantize(seed, label, setting),
+            BatchLoader(self.validation[-1], 128, channels_last=True),
+            attribute,
+            names=self.dataset.sensitive_names,
+            hessian_samples=HESSIAN_IMAGES,
+            seed=seed_for("mitigation", seed, "hessian"),
+        )
+        clipping = tables.clipping.groupby("group", sort=False)["clipping_rate"].mean()
+        return {
+            "groups": json.loads(tables.groups.to_json(orient="records")),
+            "exemplars": json.loads(tables.exemplars.to_json(orient="records")),
+            "clipping": [{"group": group, "clipping_rate": float(rate)} for group, rate in clipping.items()],
+        }
 
     # ------------------------------------------------------------------------------------------------- what was found
 
@@ -424,6 +467,44 @@ def show(study: Study, seeds, setting: str | None) -> Comparison:
         for line in verdicts(comparison):
             print(f"- {line}")
     return comparison
+
+
+def show_diagnosis(study: Study, seeds, label: str, setting: str, attribute: str, found: list[dict]) -> None:
+    """A row a group, means over the seeds; "->" is from the float model to the quantized one."""
+    codes_N, names = study.groups("test", [attribute])
+    label_N = study.labels("test")
+    before, after = (
+        (study.predictions(seeds, method, width, "test") == label_N).mean(axis=0)
+        for method, width in (("FP32", None), (label, setting))
+    )
+    tables = {
+        part: pd.concat([pd.DataFrame(each[part]) for each in found]) for part in ("groups", "clipping", "exemplars")
+    }
+    of_model = tables["groups"].groupby(["model", "group"]).mean(numeric_only=True)
+    clipping = tables["clipping"].groupby("group")["clipping_rate"].mean()
+    exemplars = tables["exemplars"].groupby("group")[["share", "over_representation"]].mean()
+    print(f"\n{study.data}, {attribute}, {setting}, {label}, {len(found)} seeds\n")
+    print(
+        "| group | lost on test | margin | smallest tenth of margins below | logit variance | gradient norm | Hessian "
+        "eigenvalue | activations clipped | predictions changed | over-represented |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for group in names:
+        if group not in exemplars.index:
+            continue
+        member = codes_N == names.index(group)
+        fp32, quantized = of_model.loc["fp32", group], of_model.loc["quantized", group]
+        both = [
+            f"{fp32[name]:.{digits}f} -> {quantized[name]:.{digits}f}"
+            for name, digits in (
+                ("margin", 2), ("margin_p10", 2), ("logit_variance", 2), ("gradient_norm", 2), ("hessian_eigenvalue", 1)
+            )
+        ]  # fmt: skip
+        cells = [
+            group, f"{100 * (before - after)[member].mean():.1f}", *both, f"{100 * clipping[group]:.2f} %",
+            f"{100 * exemplars.loc[group, 'share']:.1f} %", f"{exemplars.loc[group, 'over_representation']:.2f}",
+        ]  # fmt: skip
+        print("| " + " | ".join(cells) + " |")
 
 
 def figure(comparisons: Sequence[Comparison]) -> Figure:
