@@ -87,6 +87,10 @@ WITHOUT_TRAINING = {
         "output_calibration",
         {**RECONSTRUCTION, "start": "sensitive_layers", "start_options": {"layer_share": 0.5}},
     ),
+    "longer reconstruction, then output calibration": (
+        "output_calibration",
+        {**RECONSTRUCTION, "reconstruction_iterations": LONGER},
+    ),
     "thresholds of groups": ("threshold_adjustment", RECONSTRUCTION),
 }
 WITH_TRAINING = {  # from the best that there is without: reconstruction, or the repair that is named
