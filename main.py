@@ -28,23 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("the following arguments are required: --phase (or --status)")
     if options.json and not options.status:
         parser.error("--json is for --status")
+    terminated: list[int] = []
     try:
-        with _termination_raises():
+        with _termination_interrupts(terminated):
             return _main(options)
-    except KeyboardInterrupt as stop:
-        what, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        print(f"\n{what}; finished cells are kept: run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt:
+        what, status = ("terminated", 143) if terminated else ("interrupted", 130)
+        again = f"run the same command again{_left_out(options)} to go on"
+        print(f"\n{what}; finished cells are kept: {again}", file=sys.stderr)
         return status
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: stops the run as Ctrl-C does."""
-
-
 @contextlib.contextmanager
-def _termination_raises() -> Iterator[None]:
+def _termination_interrupts(terminated: list[int]) -> Iterator[None]:
+    """SIGTERM stops the run as Ctrl-C does, and is noted: Ray raises an interrupt of its own in place of another."""
+
     def stop(number, frame):
-        raise Terminated
+        terminated.append(number)
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
@@ -85,7 +86,12 @@ def _main(options: argparse.Namespace) -> int:
         with only_run(store):
             return _run(config, store, _phases(options.phase), device, options)
     except (ConfigError, DataError, StoreError, CheckpointError) as error:
-        return _refuse(error)
+        return _refuse(f"{error}{'; leave --fresh out then' if options.is_cleared else ''}")
+
+
+def _left_out(options: argparse.Namespace) -> str:
+    """What a command that goes on must not say again."""
+    return ", without --fresh," if options.is_cleared else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--status", action="store_true", help="how far the study is, in time too; also during a run")
     parser.add_argument("--json", action="store_true", help="with --status: for programs")
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
+    parser.set_defaults(is_cleared=False)  # whether --fresh has been done
     return parser
 
 
@@ -127,6 +134,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     store.prepare(dump_config(config))
     if options.fresh:
         store.clear([cell.id for phase in phases for cell in planned.get(phase, [])])
+        options.is_cleared = True
     report = Report(options.quiet)
     report.tracker = Tracker(config, store.root, report.line)
     report.log = RunLog(store)
@@ -134,7 +142,8 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
         report.chosen = lambda todo: [cell for cell in todo if (cell.id in broken) == options.retry_failed]
     if options.retry_failed:
         phases = [phase for phase in phases if phase == "analysis" or broken & {cell.id for cell in planned[phase]}]
-    with report.on(config, device):
+    needs_executor = any(phase != "analysis" for phase in phases)
+    with report.on(config, device) if needs_executor else contextlib.nullcontext():
         return _run_phases(config, store, phases, device, planned, report)
 
 
@@ -143,8 +152,8 @@ def _run_phases(config: Config, store, phases: Sequence[str], device: str, plann
 
     from phases import cross_evaluate
     from phases.deploy import unmatched_patterns
+    from phases.tables import write_tables
 
-    everything = [cell.id for cells in planned.values() for cell in cells]
     for line in unmatched_patterns(config, [cell for cells in planned.values() for cell in cells]):
         report.line(line)
     unusable: list[str] = []
@@ -154,12 +163,12 @@ def _run_phases(config: Config, store, phases: Sequence[str], device: str, plann
         module = importlib.import_module(f"phases.{phase}")
         if phase == "analysis":
             report.close()
+            write_tables(config, store)  # a run that was stopped has left them behind its records
             _analyse(module, config, store, report)
             report.line((store.analysis / "groups.md").read_text(encoding="utf-8"))
             unusable = _unusable(store)
         else:
             module.run(config, store, report, device)
-            store.write_group_table(everything)
     failed = [
         (cell.id, record["row"]["error"])
         for phase in phases
@@ -247,21 +256,16 @@ def _unusable(store) -> list[str]:
 def _refresh(config: Config, store, planned: dict, report) -> None:
     """Derive the rows again whose metric settings the config has changed since, so that no table mixes the two."""
     from phases import cross_evaluate
-    from phases.deploy import write_tables
     from phases.measure import refresh_metrics
+    from phases.tables import write_tables
 
     cells = [cell for block in planned.values() for cell in block]
-    everything = [cell.id for cell in cells]
-    if cross_evaluate.refresh(cells, config, store):
-        cross_evaluate.write_tables(store, everything)
+    is_changed = cross_evaluate.refresh(cells, config, store)
     refreshed = refresh_metrics(cells, config, store)
     if refreshed:
         report.line(f"{refreshed} rows derived again from saved predictions, as this config wants them")
-        for phase, cells in planned.items():
-            if store.results_path(phase).exists():
-                store.write_tables(phase, [cell.id for cell in cells])
-        store.write_group_table(everything)
-        write_tables(store, everything)
+    if refreshed or is_changed:
+        write_tables(config, store)
 
 
 def _check_models(config: Config) -> None:
@@ -337,7 +341,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _refuse(error: Exception) -> int:
+def _refuse(error: Exception | str) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
 

@@ -191,6 +191,7 @@ def _write(cell: Cell, outcome: Outcome, config: Config, store: Store, report: R
         view = CellReport(lambda kind, *values: report.told(cell.id, kind, *values))
         outcome.row, outcome.groups, outcome.extra = as_record(cell, keep(cell, outcome.lost, view, config, store))
     store.write_cell(outcome.row, outcome.groups, outcome.extra)
+    store.unmark(cell.id)  # of a worker that was killed, perhaps on another machine
     if report.log is not None:
         report.log.record(outcome.log)
     if report.tracker is not None:

@@ -157,7 +157,7 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK):  # now, rather than after an hour's training
                     raise StoreError(f"{folder}: cannot be written; mend the permissions or use another results_dir")
-            for name in ("", *FOLDERS, "analysis", "analysis/tables"):
+            for name in ("", *FOLDERS, "shared", "analysis", "analysis/tables"):
                 for leftover in (self.root / name).glob(".*.tmp"):
                     process = TEMPORARY.fullmatch(leftover.name)  # None: a file of another program
                     # this process has written nothing yet: one before it had its number, as in a container
@@ -202,8 +202,11 @@ class Store:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # what the cell raises is the message; a dead one's marker is no harm
-                (self.root / "running" / path.name).unlink(missing_ok=True)
+            self.unmark(cell)
+
+    def unmark(self, cell: str) -> None:
+        with contextlib.suppress(OSError):  # what the cell raises is the message; a dead one's marker is no harm
+            (self.root / "running" / f"{cell}.json").unlink(missing_ok=True)
 
     def marked(self) -> list[tuple[str, Owner | None]]:
         """(cell, who says that he computes it): those who died too, and None for a file that is torn."""

@@ -77,16 +77,11 @@ class Serial:
         compute = compute or cell_work.prepared(job)
         for cell in cells:
             report.begin(cell.id)
-            start = time.time()
 
             def tell(kind: str, *values: Any, cell: Cell = cell) -> None:
                 report.told(cell.id, kind, *values)
 
-            try:
-                outcome = cell_work.compute_cell(cell, compute, job, tell)
-            except PoisonedError as error:
-                outcome = lost_outcome(cell, error, start, trace=error.trace)
-            yield cell, outcome
+            yield cell, cell_work.compute_cell(cell, compute, job, tell)
 
     def close(self) -> None:
         pass
@@ -128,7 +123,8 @@ class Processes:
                     if ended is not None:
                         yield ended
                 for worker in self._busy():
-                    if worker.clock.is_late():
+                    worker.clock.add_pause(worker.paused_seconds())
+                    if worker.clock.is_late() and not worker.connection.poll():  # or it has ended, and not been heard
                         cell, outcome = worker.cell, self._timed_out(worker)
                         self._discard(worker)
                         yield cell, outcome
@@ -192,7 +188,6 @@ class Processes:
         elif kind == "poisoned":  # it ends itself; this is why
             worker.reason, worker.trace = values
         else:
-            worker.clock.add_pause(values.pop())
             report.told(cell.id, kind, *values)
         return None
 
@@ -258,8 +253,7 @@ def gpus_of_jobs(jobs: int, gpus_per_cell: float) -> list[str | None]:
         import torch
 
         gpus = [str(number) for number in range(torch.cuda.device_count())]
-    if gpus_per_cell > 1 and not float(gpus_per_cell).is_integer():
-        raise ConfigError(f"run.gpus_per_cell: {gpus_per_cell:g} is neither a share of a GPU nor a number of GPUs")
+    check_gpus(gpus_per_cell)
     at_once = int(1 / gpus_per_cell + 1e-9) * len(gpus) if gpus_per_cell <= 1 else len(gpus) // int(gpus_per_cell)
     if jobs > at_once:
         raise ConfigError(
@@ -270,6 +264,11 @@ def gpus_of_jobs(jobs: int, gpus_per_cell: float) -> list[str | None]:
         each = int(gpus_per_cell)
         return [",".join(gpus[job * each : (job + 1) * each]) for job in range(jobs)]
     return [gpus[job % len(gpus)] for job in range(jobs)]
+
+
+def check_gpus(gpus_per_cell: float) -> None:
+    if gpus_per_cell > 1 and not float(gpus_per_cell).is_integer():
+        raise ConfigError(f"run.gpus_per_cell: {gpus_per_cell:g} is neither a share of a GPU nor a number of GPUs")
 
 
 @dataclass
@@ -302,6 +301,7 @@ class _Worker:
     visible: str | None
     process: Any = field(init=False)
     connection: connection.Connection = field(init=False)
+    standstill: Any = field(init=False)  # quiet.Standstill, in memory that it shares
     clock: Clock = field(default_factory=Clock)
     job: Job | None = None
     cell: Cell | None = None
@@ -313,7 +313,9 @@ class _Worker:
     def __post_init__(self):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), name="cell worker", daemon=True)
+        self.standstill = context.RawArray("d", 2)
+        arguments = (theirs, self.standstill)
+        self.process = context.Process(target=_work, args=arguments, name="cell worker", daemon=True)
         with _environment(self.threads, self.visible), _interrupts_blocked():
             _start_tracker()
             self.process.start()
@@ -329,6 +331,10 @@ class _Worker:
 
     def free(self) -> None:
         self.cell = None
+
+    def paused_seconds(self) -> float:
+        """For how long its cell has stood still, up to now."""
+        return quiet.standing(self.standstill)
 
     def how_it_ended(self) -> str:
         self.process.join(5)
@@ -391,7 +397,7 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(pipe: connection.Connection) -> None:
+def _work(pipe: connection.Connection, standstill: Any) -> None:
     """The life of a worker process: cells come in, messages and outcomes go out."""
     if os.name == "posix":
         os.setpgid(0, 0)
@@ -409,10 +415,10 @@ def _work(pipe: connection.Connection) -> None:
         pipe.send(("started",))
 
         def tell(kind: str, *values: Any) -> None:
-            pipe.send((kind, *values, quiet.paused_seconds()))
+            pipe.send((kind, *values))
 
         try:
-            with quiet.computing():
+            with quiet.computing(standstill=standstill):
                 outcome = cell_work.compute_cell(received, cell_work.prepared(job), job, tell)
         except FATAL as error:
             pipe.send(("fatal", error))

@@ -20,8 +20,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -32,13 +33,22 @@ TICK = 0.05  # seconds between two looks at the gate
 
 
 @contextlib.contextmanager
-def computing(folder: Path | None = None) -> Iterator[Room | None]:
-    """Around a cell of a worker, in its main thread: it pauses whenever another one measures."""
+def computing(folder: Path | None = None, standstill: Any = None) -> Iterator[Room | None]:
+    """Around a cell of a worker, in its main thread: it pauses whenever another one measures.
+
+    `standstill`, two doubles in memory that another process may read, say for how long it has stood still: see
+    `standing`. Where locks cannot be had (no flock, no folder for temporary files), nothing is paused.
+    """
     global _room
-    if fcntl is None:
+    standstill = [0.0, 0.0] if standstill is None else standstill
+    standstill[:] = [0.0, 0.0]
+    try:
+        _room = None if fcntl is None else Room(folder or _default_folder(), standstill)
+    except OSError:
+        _room = None
+    if _room is None:
         yield None
         return
-    _room = Room(folder or Path(tempfile.gettempdir()) / f"bnq-quiet-{os.getuid()}")
     try:
         _room.enter()
         with _room.ticking():
@@ -60,24 +70,41 @@ def alone() -> Iterator[None]:
 
 def paused_seconds() -> float:
     """For how long the cell that is computed has stood still so far."""
-    return 0.0 if _room is None else _room.paused
+    return 0.0 if _room is None else standing(_room.standstill)
+
+
+def standing(standstill: Sequence[float]) -> float:
+    """Seconds that a cell has stood still: those that are over, and those since it began to, if it does now."""
+    over, since = standstill
+    return over + (time.monotonic() - since if since else 0.0)
+
+
+def _default_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"bnq-quiet-{os.getuid()}"
 
 
 class Room:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, standstill: Any):
         folder.mkdir(parents=True, exist_ok=True)
         self.gate, self.room = (
             os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for name in ("gate", "room")
         )
-        self.paused = 0.0
+        self.standstill = standstill  # seconds that are over; since when (monotonic), 0 where it computes
+
+    @contextlib.contextmanager
+    def _standing(self) -> Iterator[None]:
+        self.standstill[1] = start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.standstill[:] = [self.standstill[0] + time.monotonic() - start, 0.0]
 
     def enter(self) -> None:
         """Wait for the gate, and have the room with others."""
-        start = time.monotonic()
-        fcntl.flock(self.gate, fcntl.LOCK_SH)
-        fcntl.flock(self.room, fcntl.LOCK_SH)
-        fcntl.flock(self.gate, fcntl.LOCK_UN)
-        self.paused += time.monotonic() - start
+        with self._standing():
+            fcntl.flock(self.gate, fcntl.LOCK_SH)
+            fcntl.flock(self.room, fcntl.LOCK_SH)
+            fcntl.flock(self.gate, fcntl.LOCK_UN)
 
     @contextlib.contextmanager
     def ticking(self) -> Iterator[None]:
@@ -93,11 +120,10 @@ class Room:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         self._arm(0)
-        start = time.monotonic()
         fcntl.flock(self.room, fcntl.LOCK_UN)  # or two that want to measure would wait for one another
-        fcntl.flock(self.gate, fcntl.LOCK_EX)
-        fcntl.flock(self.room, fcntl.LOCK_EX)
-        self.paused += time.monotonic() - start
+        with self._standing():
+            fcntl.flock(self.gate, fcntl.LOCK_EX)
+            fcntl.flock(self.room, fcntl.LOCK_EX)
         try:
             yield
         finally:

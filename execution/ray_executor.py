@@ -8,8 +8,11 @@ is told of those, and the clock of run.cell_timeout would run on while the cell 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +22,7 @@ from config import Config, ConfigError
 from execution import cells as cell_work
 from execution import quiet
 from execution.cells import FATAL, Compute, Job, Outcome, PoisonedError, one_line
-from execution.executors import THREAD_VARIABLES, Clock, Ended, died, lost_outcome, timed_out
+from execution.executors import THREAD_VARIABLES, Clock, Ended, check_gpus, died, lost_outcome, timed_out
 from execution.run_log import worker_name
 from plan import Cell
 
@@ -96,6 +99,7 @@ class Ray:
         if self.events is not None:
             return
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.is_mine = not ray.is_initialized()
         if self.is_mine:
@@ -104,10 +108,28 @@ class Ray:
                 cpus = self.settings.jobs * self.settings.threads_per_cell
                 options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
             try:
-                ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env=self.environment)
+                with _same_termination():
+                    ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env=self.environment)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"run.address: Ray cannot be reached or started: {one_line(error)}") from None
-        self.events = ray.remote(_Events).options(num_cpus=0).remote()
+        self._check_room()
+        # on this node: it is lost with this program, and not with a worker's node
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.events = ray.remote(_Events).options(num_cpus=0, scheduling_strategy=here).remote()
+
+    def _check_room(self) -> None:
+        """ConfigError where no node could ever compute a cell, which would wait for one for ever."""
+        import ray
+
+        check_gpus(self.gpus)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        wanted = {"CPU": float(self.settings.threads_per_cell), "GPU": self.gpus}
+        if not any(all(node.get(kind, 0.0) >= number for kind, number in wanted.items()) for node in nodes):
+            most = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+            raise ConfigError(
+                f"run.threads_per_cell, run.gpus_per_cell: a cell takes {wanted['CPU']:g} CPUs and {self.gpus:g} GPUs, "
+                f"and no node of Ray has them (there are: {most}); lower them"
+            )
 
     def _drain(self, by_id: dict[str, _RayCell], report: Any) -> None:
         """Pass on what cells have told."""
@@ -149,6 +171,17 @@ class Ray:
         if isinstance(result, Exception):
             raise result
         return result
+
+
+@contextlib.contextmanager
+def _same_termination() -> Iterator[None]:
+    """ray.init makes SIGTERM an exit of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(eq=False)

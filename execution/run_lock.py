@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,8 @@ def only_run(store: Store) -> Iterator[None]:
             raise StoreError(_refusal(root)) from None
     try:
         owner = owner_of(root)
-        if owner is not None and not owner.is_here:
+        is_mine = owner is not None and owner.is_here and owner.pid == os.getpid()
+        if owner is not None and not is_mine and owner.is_alive() is not False:  # None: on another machine
             raise StoreError(_refusal(root))
         _wait_for_orphans(store)
         write_json(_record(root), dataclasses.asdict(Owner.this_process()))

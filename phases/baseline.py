@@ -15,6 +15,7 @@ from evaluation import predict
 from models import build_model, checkpoint_matches, load_checkpoint, save_checkpoint
 from phases import cross_evaluate, deploy
 from phases.measure import measure
+from phases.tables import write_tables
 from plan import Cell, plan
 from runner import CellResult, Compute, Report, run_cells
 from sections.training import Training
@@ -26,7 +27,8 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
     """Train what is not trained yet; returns the rows of the phase."""
     cells = plan(config)["baseline"]
     # a checkpoint has no hash in its name: one that a later config overwrote is trained again
-    store.clear([c.id for c in cells if store.is_done(c.id) and not checkpoint_matches(_checkpoint(store, c), c.id)])
+    stale = [c for c in cells if store.is_done(c.id) and not checkpoint_matches(_checkpoint(store, c), c.id)]
+    store.clear([cell.id for cell in (report.chosen(stale) if report.chosen else stale)])
     data = DatasetCache(config)
     _check_fingerprints(cells, store, data, report)
     cross_evaluate.check_data(cells, config, store, data, report)
@@ -37,10 +39,7 @@ def run(config: Config, store: Store, report: Report, device: str = "cpu") -> pd
     run_cells(
         "baseline", cells, prepare, config, store, report, is_complete, device=device, data=data, keep=deploy.keep
     )
-    everything = [cell.id for block in plan(config).values() for cell in block]
-    write_training_log(store, everything)
-    deploy.write_tables(store, everything)
-    cross_evaluate.write_tables(store, everything)
+    write_tables(config, store)
     return store.read_table("baseline")
 
 
@@ -207,16 +206,3 @@ def test_loader(dataset: FaceDataset, config: Config, device: str) -> BatchLoade
 
 def _checkpoint(store: Store, cell: Cell):
     return store.checkpoint_path(cell.dataset, cell.model, cell.seed)
-
-
-def write_training_log(store: Store, planned: list[str]) -> None:
-    columns = [
-        "epoch",
-        "learning_rate",
-        "train_loss",
-        "validation_accuracy",
-        "validation_score",
-        "precision",
-        "seconds",
-    ]
-    store.write_extra_table("training_log", "training_log", columns, planned)

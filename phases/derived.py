@@ -23,10 +23,10 @@ from phases.baseline import (
     names_of,
     test_loader,
     training_loader,
-    write_training_log,
 )
 from phases.measure import compression, measure
 from phases.shared import SharedSensitivity
+from phases.tables import write_tables
 from plan import Cell, plan
 from quantization import apply_quantization
 from quantizers.numerics import QuantizationWarning
@@ -50,12 +50,7 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
     data = DatasetCache(config)
     cross_evaluate.check_data(cells, config, store, data, report)
     run_cells(phase, cells, prepare, config, store, report, is_complete, device=device, data=data, keep=deploy.keep)
-    everything = [cell.id for block in planned.values() for cell in block]
-    write_training_log(store, everything)
-    deploy.write_tables(store, everything)
-    diagnose.write_tables(store, everything)
-    cross_evaluate.write_tables(store, everything)
-    store.write_extra_table("layer_sensitivity", "sensitivity", SENSITIVITY_COLUMNS, everything)
+    write_tables(config, store)
     return store.read_table(phase)
 
 
@@ -170,7 +165,6 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
 
 
 TRAINING_KEYS = tuple(key for key in QAT.model_fields if key in Training.model_fields)
-SENSITIVITY_COLUMNS = ("layer", "bits", "sensitivity", "sensitivity_low", "sensitivity_high", "bytes", "chosen_bits")
 
 
 def _budget_line(budgets: dict) -> str:

@@ -289,6 +289,22 @@ def test_ctrl_c_and_sigterm_stop_cleanly_and_say_how_to_go_on(number, status, wh
     goes_on(config, results, uninterrupted, 4)
 
 
+def test_who_started_afresh_is_told_to_go_on_without(config, uninterrupted, tmp_path):
+    """With --fresh again, what is finished would be computed once more."""
+    results = tmp_path / "results"
+    assert run_here(config, results) == 0
+
+    def slowly(cell, computed, store):
+        time.sleep(30 if computed == 4 else 0)
+
+    child = fork_run(tmp_path / "run", config, results, "--fresh", event=slowly)
+    child.wait_for(lambda: len(list((results / "cells").glob("*.json"))) == 4 and list((results / "running").iterdir()))
+    assert child.kill(signal.SIGINT) == 130
+    told = "interrupted; finished cells are kept: run the same command again, without --fresh, to go on"
+    assert child.err.strip() == told
+    goes_on(config, results, uninterrupted, 4)
+
+
 # -------------------------------------------------------------------------------------------------------- damaged files
 
 

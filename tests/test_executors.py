@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -18,6 +19,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 import main
 from config import ConfigError, load_config
@@ -178,6 +184,11 @@ def fail(error: BaseException):
     return deed
 
 
+def compute_for_a_second(report):
+    for _ in range(50):
+        time.sleep(0.02)
+
+
 def ask_for_a_petabyte(report):
     np.ones(10**15)
 
@@ -186,6 +197,7 @@ DEEDS = {
     "nothing": lambda report: report.line("the data are odd"),
     "die": lambda report: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda report: os._exit(3),
+    "compute": compute_for_a_second,
     "sleep": lambda report: time.sleep(600),
     "memory": ask_for_a_petabyte,
     "error": fail(ValueError("bad\n  luck")),
@@ -281,6 +293,51 @@ def test_ray_tries_again_and_stops_what_is_late(tmp_path, capsys, local_ray):
     assert "kept finished: its worker " in check_faults(store, log, capsys)
 
 
+@pytest.mark.skipif(fcntl is None, reason="cells pause by flock")
+def test_a_cell_that_stands_still_while_another_measures_is_not_late(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    config = load_config(None, ["run.executor=processes", "run.cell_timeout=3"])
+    store = Store(tmp_path / "results")
+    store.prepare("")
+    folder = tmp_path / f"bnq-quiet-{os.getuid()}"
+    stood = []
+
+    def measure():
+        until((store.root / "still.attempts").exists)
+        with (folder / "gate").open("w") as gate, (folder / "room").open("w") as room:
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            start = time.monotonic()
+            fcntl.flock(room, fcntl.LOCK_EX)  # the cell has gone out
+            time.sleep(4)
+            stood.append(time.monotonic() - start)
+
+    measuring = threading.Thread(target=measure)
+    measuring.start()
+    run_cells("quantization", [made_up("still", do="compute")], faulty, config, store, Report(quiet=True))
+    measuring.join()
+    assert stood[0] >= 4 and store.record("still")["row"]["status"] == "done"
+
+
+def test_a_cell_that_has_ended_is_not_late_though_it_was_not_heard(tmp_path):
+    """While the program is busy with another one."""
+    config = load_config(None, ["run.executor=processes", "run.jobs=2", "run.cell_timeout=2"])
+    store, report = Store(tmp_path), Report(quiet=True)
+    store.prepare("")
+    report.log = SimpleNamespace(record=lambda entry: time.sleep(4))
+    cells = [made_up("one", do="compute"), made_up("other", do="compute")]
+    run_cells("quantization", cells, faulty, config, store, report)
+    assert [store.record(cell.id)["row"]["status"] for cell in cells] == ["done", "done"]
+
+
+def test_the_mark_of_a_lost_worker_goes_with_its_cell(tmp_path):
+    """Also of one on another machine, which cannot be asked whether it is alive."""
+    config = load_config(None, ["run.executor=processes", "run.retries=0"])
+    store = Store(tmp_path)
+    store.prepare("")
+    run_cells("quantization", [made_up("dies", do="die")], faulty, config, store, Report(quiet=True))
+    assert store.record("dies")["row"]["status"] == "failed" and store.marked() == []
+
+
 def test_what_no_cell_can_help_ends_the_run_and_not_in_a_thousand_rows(tmp_path):
     config = load_config(None, ["run.executor=processes", "run.jobs=1"])
     store = Store(tmp_path)
@@ -313,17 +370,22 @@ def until(condition, seconds: float = 120):
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 def hears_interrupts() -> None:
     """As from a terminal, also where these tests run in the background of a script, which ignores Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 2), (signal.SIGKILL, 1)])
-def test_no_worker_outlives_the_program(tiny, serial, tmp_path, number, jobs):
-    """Ctrl-C, which a terminal sends to the whole process group, and kill -9, in the middle of a training."""
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("executor", "number", "jobs"),
+    [("processes", signal.SIGINT, 2), ("processes", signal.SIGKILL, 1), ("ray", signal.SIGTERM, 1)],
+)
+def test_no_worker_outlives_the_program(tiny, serial, tmp_path, executor, number, jobs):
+    """Ctrl-C, which a terminal sends to the whole process group, kill -9 and SIGTERM, in the middle of a training."""
+    if executor == "ray":
+        pytest.importorskip("ray")
     mark = f"BNQ_TEST_{uuid.uuid4().hex}"
-    settings = ["run.executor=processes", f"run.jobs={jobs}", "training.epochs=100000"]
+    settings = [f"run.executor={executor}", f"run.jobs={jobs}", "training.epochs=100000"]
     command = [sys.executable, "main.py", "--phase", "baseline", "--config", str(tiny), "--results-dir", str(tmp_path),
                "--device", "cpu", "--set", *settings]  # fmt: skip
     with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
@@ -335,16 +397,17 @@ def test_no_worker_outlives_the_program(tiny, serial, tmp_path, number, jobs):
         seeds = [f"-s{seed}-fp32" for seed in range(jobs)]
         until(lambda: all(seed in (tmp_path / "out").read_text() for seed in seeds))
         assert len(processes_marked(mark)) >= 1 + jobs
-        os.killpg(process.pid, number)
+        (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
         status = process.wait(60)
         until(lambda: not processes_marked(mark), 30)
     finally:
         for pid in processes_marked(mark):
             os.kill(pid, signal.SIGKILL)
     errors = (tmp_path / "err").read_text()
-    if number == signal.SIGINT:
-        assert status == 130 and not list((tmp_path / "cells").iterdir())
-        assert errors == "\ninterrupted; finished cells are kept: run the same command again to go on\n"
+    if number != signal.SIGKILL:
+        what, expected = ("interrupted", 130) if number == signal.SIGINT else ("terminated", 143)
+        assert status == expected and not list((tmp_path / "cells").iterdir())
+        assert errors == f"\n{what}; finished cells are kept: run the same command again to go on\n"
         assert (tmp_path / "baseline_results.csv").read_text().count("\n") == 1  # written: no cell has ended
     else:
         assert status == -signal.SIGKILL and errors == ""
@@ -441,6 +504,24 @@ def test_serial_is_a_worker_where_something_may_have_to_be_killed():
     assert isinstance(open_executor(load_config(None), "cpu"), Serial)
     limited = open_executor(load_config(None, ["run.cell_timeout=60"]), "cpu")
     assert isinstance(limited, Processes) and len(limited.workers) == 1
+
+
+def test_ray_refuses_cells_that_no_node_could_hold(local_ray):
+    """They would wait for ever."""
+    for setting in ("run.threads_per_cell=3", "run.gpus_per_cell=1"):
+        executor = open_executor(load_config(None, ["run.executor=ray", setting]), "cuda")
+        with pytest.raises(ConfigError, match="no node of Ray has them"):
+            list(executor.run(None, None, [made_up("large")], Report(quiet=True)))
+    executor = open_executor(load_config(None, ["run.executor=ray", "run.gpus_per_cell=1.5"]), "cuda")
+    with pytest.raises(ConfigError, match="neither a share"):
+        list(executor.run(None, None, [made_up("large")], Report(quiet=True)))
+
+
+def test_an_analysis_needs_no_executor(tmp_path, monkeypatch, capsys):
+    """Of a study that was run on a cluster, on a machine without Ray."""
+    monkeypatch.setattr("runner.open_executor", lambda *_: pytest.fail("it was opened"))
+    assert main.main(["--phase", "analysis", "--results-dir", str(tmp_path)]) == 2
+    assert "make it with python main.py --phase baseline" in capsys.readouterr().err
 
 
 def test_ray_that_is_not_installed_is_named(monkeypatch):

@@ -139,7 +139,8 @@ def test_a_worker_that_ends_leaves_the_lock_to_its_run(tmp_path, hurried):
 def is_refused(root: Path) -> bool:
     """In a program of its own, that shares nothing with this one."""
     script = """
-import sys, run_lock
+import sys
+from execution import run_lock
 from store import Store, StoreError
 run_lock.PATIENCE = 0.05
 try:
@@ -169,6 +170,19 @@ def test_another_machines_run_counts_even_where_its_lock_does_not(tmp_path):
     with only_run(store):
         assert owner_of(store.root) == dataclasses.replace(Owner.this_process(), since=owner_of(store.root).since)
     assert not record.exists()
+
+
+def test_a_run_that_is_alive_counts_though_its_lock_was_deleted(tmp_path):
+    child = fork(tmp_path / "o", lambda: time.sleep(600))
+    try:
+        alive = dataclasses.replace(Owner.this_process(), pid=child.pid, birth=owners.birth_of(child.pid))
+        (tmp_path / ".lock.json").write_text(json.dumps(dataclasses.asdict(alive)))
+        with pytest.raises(StoreError, match=f"process {child.pid} on"), only_run(Store(tmp_path)):
+            pytest.fail("both would run")
+    finally:
+        child.kill()
+    with only_run(Store(tmp_path)):
+        assert owner_of(tmp_path).pid == os.getpid()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1}'])

@@ -287,6 +287,20 @@ def test_the_same_seed_twice_gives_the_same_files(finished, tmp_path):
     assert ours == theirs
 
 
+def test_an_analysis_is_of_the_records_whatever_the_tables_were(finished, tmp_path):
+    """A run that is killed leaves its tables behind its records."""
+    config, results = finished
+    copied = tmp_path / "copied"
+    shutil.copytree(results, copied)
+    behind = ["quantization_results.csv", "group_results.csv", "deployment_results.csv", "layer_sensitivity.csv"]
+    for name in behind:
+        lines = (copied / name).read_text().splitlines(keepends=True)
+        (copied / name).write_text("".join(lines[: 1 + len(lines) // 2]))
+    assert study(config, copied, phase="analysis") == 0
+    ours, theirs = tables(copied), tables(results)
+    assert {name: ours[name] == theirs[name] for name in theirs} == dict.fromkeys(theirs, True)
+
+
 def test_another_seed_gives_another_model(finished, tmp_path):
     config, results = finished
     assert study(config, tmp_path / "r", "--set", "run.seeds=[1]", phase="baseline") == 0
