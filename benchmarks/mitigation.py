@@ -9,7 +9,7 @@ Trains the float models of mitigation_<data>.yaml where they are missing (main.p
 MobileNetV2), and quantizes each of them in every way of METHODS. Which setting is compared at is found first: the
 widest at which the best plain post-training quantization costs the worst group of the first attribute MOST_DROP points
 on validation. The worst group is the one that loses most there, on validation images; all that is printed is measured
-on test images.
+on test images. Groups are the first attribute's, of which the repairs know; a second table has those of all attributes.
 
 Each result is kept in RESULTS_DIR/<data>/mitigation/ as it is measured: run again, only what is missing is computed;
 `--print` computes nothing. Differences are paired, image by image, averaged over the seeds; intervals are 95 %
@@ -44,6 +44,8 @@ from models import build_model, load_checkpoint
 from phases import baseline
 from plan import QUANTIZATION_VERSION, REPAIR_VERSION, TRAINING_VERSION, plan
 from quantization import QuantizationError, apply_quantization
+from quantizers.mixed_precision import table_of_widths
+from quantizers.modules import QuantizedModel
 from runner import Report
 from store import Store, seed_for, short_hash, write_json
 
@@ -51,15 +53,15 @@ MODEL = "mobilenet_v2"
 MOST_DROP = 3.0  # points that the best plain PTQ costs the worst group at the setting that is compared at
 SETTINGS = ("W8A8", "W4A8", "W4A4", "W3A4", "W3A3", "W4A2", "W2A4", "W3A2", "W2A3", "W2A2")  # from wide to narrow
 CALIBRATION_IMAGES = 512
-EXTRA = {"validation": 1500, "test": 3000}  # of FairFace's training images that are not trained on, as many more
+EXTRA = {"validation": 1500, "test": 7800}  # of FairFace's training images that are not trained on, as many more
 TRAINING = {"epochs": 2, "learning_rate": 1e-3}  # a short training, on all that the float models were trained on
 REPLICATES = 2000
 LEAST_GROUP = 50  # validation images of a group that may be the worst one
 
-ITERATIONS = {"fairface": 50, "synthetic": 100}  # optimizer steps a block
-LONGER = 300  # the default of the configuration
+ITERATIONS = {"fairface": 100, "synthetic": 300}  # optimizer steps a block
+LONGER = 300  # the default of the configuration, which gives no more on FairFace: see "longer reconstruction"
 RECONSTRUCTION = {"rounding": "adaround"}
-HESSIAN_IMAGES = 64  # of each group
+HESSIAN_IMAGES = 128  # of each group
 PLAIN = {
     "PTQ": ("ptq_static", {}),
     "PTQ, bias corrected": ("ptq_static", {"bias_correction": True}),
@@ -68,7 +70,9 @@ PLAIN = {
     "mixed precision, reconstruction": ("mixed_precision", RECONSTRUCTION),
 }
 WITHOUT_TRAINING = {
-    "longer reconstruction": ("ptq_static", {**RECONSTRUCTION, "reconstruction_iterations": LONGER}),  # blind to groups
+    # two controls, which know of no groups: what more steps give, and how much two draws of one method differ
+    "longer reconstruction": ("ptq_static", {**RECONSTRUCTION, "reconstruction_iterations": LONGER}),
+    "reconstruction, drawn again": ("ptq_static", {**RECONSTRUCTION, "draw": 1}),
     "balanced calibration": ("bias_aware_calibration", RECONSTRUCTION),
     "group-weighted observers": ("group_weighted_observers", RECONSTRUCTION),
     "minimax ranges": ("minimax_ranges", RECONSTRUCTION),
@@ -87,10 +91,6 @@ WITHOUT_TRAINING = {
         "output_calibration",
         {**RECONSTRUCTION, "start": "sensitive_layers", "start_options": {"layer_share": 0.5}},
     ),
-    "longer reconstruction, then output calibration": (
-        "output_calibration",
-        {**RECONSTRUCTION, "reconstruction_iterations": LONGER},
-    ),
     "thresholds of groups": ("threshold_adjustment", RECONSTRUCTION),
 }
 WITH_TRAINING = {  # from the best that there is without: reconstruction, or the repair that is named
@@ -100,10 +100,12 @@ WITH_TRAINING = {  # from the best that there is without: reconstruction, or the
     "fairness fine-tuning": ("fairness_finetuning", RECONSTRUCTION),
     "group DRO": ("group_dro", RECONSTRUCTION),
     "distillation": ("distillation", RECONSTRUCTION),
+    "distillation, all groups alike": ("distillation", {**RECONSTRUCTION, "step_size": 1e-9}),  # a control
     "minimax ranges, then distillation": ("distillation", {**RECONSTRUCTION, "start": "minimax_ranges"}),
     "sensitive layers, then group DRO": ("group_dro", {**RECONSTRUCTION, "start": "sensitive_layers"}),
     "sensitive layers, then distillation": ("distillation", {**RECONSTRUCTION, "start": "sensitive_layers"}),
 }
+UNGROUPED = ("ptq_static", "mixed_precision", "qat")  # methods that know of no groups
 METHODS = {**PLAIN, **WITHOUT_TRAINING, **WITH_TRAINING}
 
 
@@ -133,13 +135,16 @@ def main() -> None:
             for seed in seeds:
                 study.measure(seed, "FP32", None)
             setting = arguments.setting or study.find_setting(seeds)
-            for label in () if arguments.diagnose else arguments.methods or METHODS:
+            repairs = () if arguments.diagnose else arguments.methods or METHODS
+            for label in dict.fromkeys((*PLAIN, *repairs)):  # what they are compared with is the best of all plain ones
                 for seed in seeds:
                     study.measure(seed, label, setting)
-        if arguments.diagnose:
-            study.diagnose(seeds, arguments.setting or study.measured_setting(seeds), arguments.only_print)
         else:
-            comparisons.append(show(study, seeds, arguments.setting))
+            setting = arguments.setting or study.measured_setting(seeds)
+        if arguments.diagnose:
+            study.diagnose(seeds, setting, arguments.only_print)
+        else:
+            comparisons.append(show(study, seeds, setting))
     if arguments.figure is not None and comparisons:
         figure(comparisons).savefig(arguments.figure, dpi=150)
 
@@ -151,6 +156,7 @@ class Study:
         self.data, self.config, self.folder = data, config, folder
         self.store = Store(folder)
         self.dataset = load_dataset(config, data)
+        self.attribute = next(iter(self.dataset.sensitive_names))  # whose groups are repaired
         self.validation, self.test = self.held_out()
         self.loaded: tuple[int, torch.nn.Module] | None = None
 
@@ -190,7 +196,7 @@ class Study:
         (cell,) = [cell for cell in plan(self.config)["baseline"] if cell.seed == seed]
         done = [] if setting is None else [*METHODS[label], ITERATIONS[self.data]]
         if label in WITHOUT_TRAINING or label in WITH_TRAINING:
-            done.append(REPAIR_VERSION)
+            done += [REPAIR_VERSION, self.attribute]
         if label in WITH_TRAINING:
             done += [TRAINING, TRAINING_VERSION]
         key = short_hash([cell.id, done, CALIBRATION_IMAGES, EXTRA, QUANTIZATION_VERSION])
@@ -205,13 +211,16 @@ class Study:
             model = self.model(seed) if setting is None else self.quantize(seed, label, setting)
         except QuantizationError as error:  # a budget that no model keeps; its row is left out
             print(f"{self.data} s{seed} {label} {setting}: {error}", flush=True)
+            write_json(path, {"refused": str(error)})
             return
         seconds = time.perf_counter() - start
         result = {"seconds": seconds, "size_mb": model_size_mb(model), "threads": torch.get_num_threads()}
         reports = getattr(model, "reports", {})
         result["training_seconds"] = reports["training"]["seconds"] if "training" in reports else 0.0
-        if "budgets" in reports:
-            result["budgets"] = reports["budgets"]
+        for name in ("budgets", "group_drift"):  # of the latter: which group was the worst one
+            if name in reports:
+                result[name] = json.loads(json.dumps(reports[name], default=_as_json))
+        result["bit_operations"] = self.bit_operations(model)
         for part, splits in (("validation", self.validation), ("test", self.test)):
             predictions = [predict(model, BatchLoader(split, 128, channels_last=True)) for split in splits]
             result[part] = "".join("".join(map(str, each.y_pred)) for each in predictions)
@@ -221,17 +230,28 @@ class Study:
         accuracy = (np.array(list(result["validation"])).astype(int) == label_N).mean()
         print(f"{self.data} s{seed} {label} {setting or ''}: {100 * accuracy:.2f} %, {seconds:.0f} s", flush=True)
 
+    def bit_operations(self, model: torch.nn.Module) -> int | None:
+        """Of one image: products x the bits of both factors. None of a float model."""
+        network = model.model if getattr(model, "reads_groups", False) else model
+        if not isinstance(network, QuantizedModel):
+            return None
+        batch = next(iter(BatchLoader(self.test[0].subset(np.array([0])), 1, channels_last=True)))
+        return int(table_of_widths(network, batch["image"])["bit_operations"].sum())
+
     def quantize(self, seed: int, label: str, setting: str):
         method, options = METHODS[label]
+        options = dict(options)
+        drawn = [options.pop("draw")] if "draw" in options else []
         split = self.dataset.splits["train"]
-        generator = np.random.default_rng(seed_for("mitigation", self.data, seed, "calibration"))
+        generator = np.random.default_rng(seed_for("mitigation", self.data, seed, "calibration", *drawn))
         start = options.get(
             "start", "ptq_static" if label in WITH_TRAINING or method == "output_calibration" else method
         )
         is_plain = start in ("ptq_static", "mixed_precision", "group_weighted_observers", "threshold_adjustment")
-        balance = None if is_plain else list(split.sensitive)
+        balance = None if is_plain else [self.attribute]
         positions = np.unique(calibration_subset(split, CALIBRATION_IMAGES, generator, balance=balance))
-        options = dict(options)
+        if method not in UNGROUPED:
+            options["attributes"] = [self.attribute]
         if options.get("rounding") == "adaround":
             options.setdefault("reconstruction_iterations", ITERATIONS[self.data])
         train = validation = None
@@ -241,7 +261,7 @@ class Study:
         if label in WITH_TRAINING or method == "threshold_adjustment":
             validation = BatchLoader(self.validation[-1], 128, channels_last=True)
         if method not in ("ptq_dynamic", "qat"):
-            options["seed"] = seed_for("mitigation", seed)
+            options["seed"] = seed_for("mitigation", seed, *drawn)
         return apply_quantization(
             self.model(seed),
             method,
@@ -270,7 +290,7 @@ class Study:
 
     def diagnose(self, seeds: Sequence[int], setting: str, only_print: bool) -> None:
         """Print what each group of the first attribute meets in the float model and in the best plain one."""
-        label, attribute = self.best_plain(seeds, setting), next(iter(self.dataset.sensitive_names))
+        label, attribute = self.best_plain(seeds, setting), self.attribute
         found = []
         for seed in seeds:
             path = self.path(seed, label, setting)
@@ -311,11 +331,12 @@ class Study:
         return intersect(codes, {name: self.dataset.sensitive_names[name] for name in attributes})
 
     def predictions(self, seeds: Sequence[int], label: str, setting: str | None, part: str) -> np.ndarray | None:
-        """(S, N) classes; None where a seed is missing."""
+        """(S, N) classes; None where a seed is missing, or was refused."""
         paths = [self.path(seed, label, setting) for seed in seeds]
-        if not all(path.exists() for path in paths):
+        results = [json.loads(path.read_text()) for path in paths if path.exists()]
+        if len(results) < len(paths) or any("refused" in result for result in results):
             return None
-        texts = [json.loads(path.read_text())[part] for path in paths]
+        texts = [result[part] for result in results]
         return np.array([np.frombuffer(text.encode(), dtype=np.uint8) - ord("0") for text in texts]).astype(np.int64)
 
     def worst_group(self, seeds, label: str, setting: str, attributes) -> tuple[int, float]:
@@ -334,10 +355,12 @@ class Study:
         return int(drops.argmax()), float(drops.max())
 
     def best_plain(self, seeds, setting: str) -> str:
-        """The plain post-training method that costs the worst group least on validation."""
-        attributes = list(self.dataset.sensitive_names)
+        """The plain post-training method that costs the worst group of the first attribute least on validation."""
+        missing = [label for label in PLAIN for seed in seeds if not self.path(seed, label, setting).exists()]
+        if missing:
+            raise SystemExit(f"{self.data} {setting}: not measured yet: {', '.join(dict.fromkeys(missing))}")
         found = {
-            label: self.worst_group(seeds, label, setting, attributes)[1]
+            label: self.worst_group(seeds, label, setting, [self.attribute])[1]
             for label in PLAIN
             if self.predictions(seeds, label, setting, "validation") is not None
         }
@@ -348,7 +371,7 @@ class Study:
 
         Of the first attribute: of the many small groups of an intersection some seem to lose as much by chance alone.
         """
-        attributes = list(self.dataset.sensitive_names)[:1]
+        attributes = [self.attribute]
         for setting in SETTINGS:
             drops = {}
             for label in sorted(PLAIN, key=lambda label: (label != "PTQ", label != "PTQ, reconstruction")):
@@ -413,6 +436,21 @@ class Comparison:
         values_B = weights_BN @ change_N / weights_BN.sum(axis=1)
         return (float(change_N.mean()), *map(float, np.quantile(values_B, [0.025, 0.975])))
 
+    def share(self, label: str) -> tuple[float, float, float]:
+        """Of what the best plain method costs the worst group, the share that is recovered, in %, with its interval."""
+        before_N, after_N, plain_N = (
+            (self.predicted(name) == self.label_N).mean(axis=0)[self.member_N] for name in ("FP32", label, self.plain)
+        )
+        weights_BN = self.weights_BN[:, self.member_N]
+        gain_B, loss_B = weights_BN @ (after_N - plain_N), weights_BN @ (before_N - plain_N)
+        share = 100 * (after_N - plain_N).mean() / (before_N - plain_N).mean()
+        return (float(share), *map(float, np.quantile(100 * gain_B / loss_B, [0.025, 0.975])))
+
+    def gains(self, label: str) -> list[float]:
+        """Of the worst group, label - the best plain method, in points, seed by seed."""
+        hits = [(self.predicted(name) == self.label_N)[:, self.member_N].mean(axis=1) for name in (label, self.plain)]
+        return (100 * (hits[0] - hits[1])).tolist()
+
     def detectable(self, label: str, reference: str) -> float:
         """The smallest true difference that is found 4 times out of 5, in points: 2.8 standard errors."""
         hits = [(self.predicted(name) == self.label_N).mean(axis=0)[self.member_N] for name in (label, reference)]
@@ -442,10 +480,11 @@ class Comparison:
         return np.mean(values, axis=0)
 
 
-def show(study: Study, seeds, setting: str | None) -> Comparison:
-    """Print the tables of the first attribute's groups and of the intersection's; returns the latter."""
-    setting = setting or study.measured_setting(seeds)
+def show(study: Study, seeds, setting: str) -> Comparison:
+    """Print the tables of the first attribute's groups, which were repaired, and of the intersection's; returns the
+    former."""
     attributes = list(study.dataset.sensitive_names)
+    shown = []
     for grouping in (attributes[:1], attributes):
         comparison = Comparison(study, seeds, setting, grouping)
         name, plain = comparison.names[comparison.group], comparison.plain
@@ -456,10 +495,10 @@ def show(study: Study, seeds, setting: str | None) -> Comparison:
             f"{int(comparison.member_N.sum())} images of it, {_interval(loss)} points\n"
         )
         print(
-            "| method | accuracy | worst group | against FP32 | against best plain PTQ | equalized odds | demographic "
-            "parity | MB | seconds |"
+            "| method | accuracy | worst group | against FP32 | against best plain PTQ | seed by seed | equalized odds "
+            "| demographic parity | MB | bit operations | seconds |"
         )
-        print("|---|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
         for label in ("FP32", *METHODS):
             if comparison.predicted(label) is not None:
                 print(_row(comparison, study, seeds, label))
@@ -470,7 +509,8 @@ def show(study: Study, seeds, setting: str | None) -> Comparison:
                 print(f"- {label}: accuracy of all, seed by seed: {accuracies}")
         for line in verdicts(comparison):
             print(f"- {line}")
-    return comparison
+        shown.append(comparison)
+    return shown[0]
 
 
 def show_diagnosis(study: Study, seeds, label: str, setting: str, attribute: str, found: list[dict]) -> None:
@@ -489,8 +529,8 @@ def show_diagnosis(study: Study, seeds, label: str, setting: str, attribute: str
     exemplars = tables["exemplars"].groupby("group")[["share", "over_representation"]].mean()
     print(f"\n{study.data}, {attribute}, {setting}, {label}, {len(found)} seeds\n")
     print(
-        "| group | lost on test | margin | smallest tenth of margins below | logit variance | gradient norm | Hessian "
-        "eigenvalue | activations clipped | predictions changed | over-represented |"
+        "| group | lost on test | margin | smallest tenth of margins below | logit variance | gradient norm (by "
+        "chance) | Hessian eigenvalue | activations clipped | predictions changed | over-represented |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for group in names:
@@ -500,10 +540,10 @@ def show_diagnosis(study: Study, seeds, label: str, setting: str, attribute: str
         fp32, quantized = of_model.loc["fp32", group], of_model.loc["quantized", group]
         both = [
             f"{fp32[name]:.{digits}f} -> {quantized[name]:.{digits}f}"
-            for name, digits in (
-                ("margin", 2), ("margin_p10", 2), ("logit_variance", 2), ("gradient_norm", 2), ("hessian_eigenvalue", 1)
-            )
-        ]  # fmt: skip
+            for name, digits in (("margin", 2), ("margin_p10", 2), ("logit_variance", 2))
+        ]
+        norms = [f"{row['gradient_norm']:.2f} ({row['gradient_noise']:.2f})" for row in (fp32, quantized)]
+        both += [" -> ".join(norms), f"{fp32['hessian_eigenvalue']:.0f} -> {quantized['hessian_eigenvalue']:.0f}"]
         cells = [
             group, f"{100 * (before - after)[member].mean():.1f}", *both, f"{100 * clipping[group]:.2f} %",
             f"{100 * exemplars.loc[group, 'share']:.1f} %", f"{exemplars.loc[group, 'over_representation']:.2f}",
@@ -551,6 +591,7 @@ def _row(comparison: Comparison, study: Study, seeds, label: str) -> str:
         f"{comparison.accuracy(label):.1f}",
         "" if label == "FP32" else _interval(comparison.difference(label, "FP32")),
         "" if label in ("FP32", comparison.plain) else _interval(comparison.difference(label, comparison.plain)),
+        "" if label in ("FP32", comparison.plain) else ", ".join(f"{x:+.1f}" for x in comparison.gains(label)),
     ]
     for metric in ("equalized_odds_difference", "demographic_parity_difference"):
         text = f"{comparison.gap(label, metric):.1f}"
@@ -558,7 +599,13 @@ def _row(comparison: Comparison, study: Study, seeds, label: str) -> str:
             _, low, high = comparison.gap_difference(label, comparison.plain, metric)
             text += f" ({low:+.1f} to {high:+.1f})"
         cells.append(text)
-    cells += [f"{np.mean([r['size_mb'] for r in results]):.2f}", f"{np.mean([r['seconds'] for r in results]):.0f}"]
+    uniform = json.loads(study.path(seeds[0], "PTQ", comparison.setting).read_text())["bit_operations"]
+    operations = [result["bit_operations"] for result in results]
+    cells += [
+        f"{np.mean([result['size_mb'] for result in results]):.2f}",
+        "" if None in operations else f"{100 * np.mean(operations) / uniform:.0f} %",
+        f"{np.mean([result['seconds'] for result in results]):.0f}",
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -566,20 +613,23 @@ def verdicts(comparison: Comparison) -> list[str]:
     """What the comparison was made to find out."""
     plain = comparison.plain
     loss = comparison.difference("FP32", plain)
-    lines = [
-        f"the smallest difference to {plain} that the group's {int(comparison.member_N.sum())} images show 4 times out "
-        f"of 5: {comparison.detectable('PTQ, reconstruction' if plain != 'PTQ, reconstruction' else 'PTQ', plain):.1f} "
-        "points"
-    ]
+    measured = [label for label in (*WITHOUT_TRAINING, *WITH_TRAINING) if comparison.predicted(label) is not None]
+    shown = [comparison.detectable(label, plain) for label in measured]
+    lines = []
+    if shown:
+        lines.append(
+            f"true differences to {plain} that the group's {int(comparison.member_N.sum())} images show with a power "
+            f"of 80 %: {np.median(shown):.1f} points for the median repair ({min(shown):.1f} to {max(shown):.1f})"
+        )
     for kind, labels in (("without training", WITHOUT_TRAINING), ("with short training", WITH_TRAINING)):
         for label in labels:
             if comparison.predicted(label) is None:
                 continue
             gain, rest = comparison.difference(label, plain), comparison.difference(label, "FP32")
-            share = 100 * gain[0] / loss[0] if loss[0] > 0 else np.nan
             found = []
             if gain[1] > 0:
-                found.append(f"recovers {share:.0f} % of the loss ({_interval(gain)} points)")
+                share, low, high = comparison.share(label)
+                found.append(f"recovers {share:.0f} % [{low:.0f}, {high:.0f}] of the loss ({_interval(gain)} points)")
             elif gain[2] < 0:
                 found.append(f"makes it worse ({_interval(gain)} points)")
             is_back = rest[1] <= 0 <= rest[2] and rest[2] - rest[1] <= loss[0]
@@ -588,6 +638,10 @@ def verdicts(comparison: Comparison) -> list[str]:
             if found:
                 lines.append(f"{label} ({kind}): {'; '.join(found)}")
     return lines
+
+
+def _as_json(value):
+    return value.to_dict("records") if isinstance(value, pd.DataFrame) else value.item()
 
 
 def _interval(values: tuple[float, float, float]) -> str:
