@@ -15,8 +15,8 @@ from torch import fx, nn
 
 from evaluation import device_of, eval_mode
 from quantizers.execution import WALK_MEMORY, Walk, images_within
+from quantizers.groups import ImageWeights, weights_of_first
 from quantizers.modules import QuantizedLayer, QuantizedModel
-from quantizers.numerics import QuantizationError
 
 Progress = Callable[[str, float], None]
 
@@ -28,21 +28,19 @@ def correct_biases(
     *,
     memory_bytes: int = WALK_MEMORY,
     progress: Progress | None = None,
-    image_weights: torch.Tensor | None = None,
+    image_weights: ImageWeights | None = None,
 ) -> int:
     """Correct the bias of every quantized layer, in place; a layer without a bias gets one. Weights and activation
     ranges must be set, and the float parameters not yet forgotten.
 
     `images` (n, 3, H, W): as many as `memory_bytes` of live activations hold, the first ones. Returns how many.
-    The mean error that is taken back is over all of them alike, or weighted by `image_weights` (n,).
+    The mean error that is taken back is over all of them alike, or weighted by `image_weights` (n,), or
+    a function that gives those of so many of the first images.
     """
     network, device = model.network, device_of(model)
     with eval_mode(model):
         images = images[: images_within(network, images.to(device), memory_bytes // 2)].to(device)
-        weights_N = torch.ones(len(images)) if image_weights is None else image_weights[: len(images)].float()
-        if not bool((weights_N >= 0).all()) or not float(weights_N.sum()) > 0:
-            raise QuantizationError("bias correction: the weights of the images must not be negative nor all zero")
-        weights_N = weights_N.to(device)
+        weights_N = weights_of_first(image_weights, len(images)).to(device)
         exact, quantized = Walk(network, images), Walk(network, images)
         nodes = list(network.graph.nodes)
         for place, node in enumerate(nodes):

@@ -17,7 +17,6 @@ import copy
 import dataclasses
 
 import pandas as pd
-import torch
 from torch import nn
 
 from quantizers import ptq
@@ -25,7 +24,16 @@ from quantizers.bias_correction import correct_biases
 from quantizers.calibration import check_images, set_ranges
 from quantizers.fair_ranges import Kind, observe_groups
 from quantizers.group_allocation import conditional_value_at_risk
-from quantizers.groups import Drift, GroupedImages, Weighting, drift, float_logits, group_shares, logits_of
+from quantizers.groups import (
+    Drift,
+    GroupedImages,
+    ImageWeights,
+    Weighting,
+    drift,
+    float_logits,
+    group_shares,
+    logits_of,
+)
 from quantizers.modules import QuantizedModel
 from quantizers.numerics import MAX_BITS, QuantizationError
 from quantizers.observers import HISTOGRAM_OBSERVERS
@@ -212,12 +220,14 @@ def _attached(
     return ptq.attach(model, grouped.images, "ptq_static", weight_bits, activation_bits, recipe)
 
 
-def _weights(quantized, statistics, grouped: GroupedImages, recipe: ptq.Recipe, weighting, metric) -> torch.Tensor:
-    """(n,) what each image counts. The worst group is found with the weights rounded to nearest."""
+def _weights(quantized, statistics, grouped: GroupedImages, recipe: ptq.Recipe, weighting, metric) -> ImageWeights:
+    """What each image counts; also of those that the memory holds a group has its share. The worst group is found with
+    the weights rounded to nearest."""
     set_ranges(quantized, statistics, recipe.observer, recipe.percentile)
     ptq.quantize_weights(quantized, recipe)
     exact_NK = float_logits(quantized, grouped.images)
     drift_N = drift(exact_NK, logits_of(quantized, grouped.images), grouped.labels, metric)
     drift_G = grouped.means(drift_N)
     quantized.reports["group_drift"] = pd.DataFrame({"group": list(grouped.names), "drift": drift_G.numpy()})
-    return grouped.image_weights(group_shares(drift_G, weighting))
+    shares_G = group_shares(drift_G, weighting)
+    return lambda count: grouped.first(count).image_weights(shares_G)

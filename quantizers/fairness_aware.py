@@ -34,7 +34,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from evaluation import Predictions, as_batch, model_size_mb, predict
+from evaluation import EvaluationError, Predictions, as_batch, model_size_mb, predict
 from group_counts import paired_count_table
 from quantizers import methods
 from quantizers.numerics import QuantizationError, QuantizationWarning, check_bits
@@ -156,6 +156,7 @@ class Candidate:
     model: nn.Module
     selection: list[Measured]
     certification: list[Measured] | None = None
+    has_failed: bool = False  # to predict the certification images
 
     @property
     def is_kept(self) -> bool:
@@ -175,6 +176,10 @@ class Candidate:
         """Of the estimates over their bounds, the largest."""
         over = [measured.observed - measured.constraint.bound for measured in self.selection]
         return np.inf if np.isnan(over).any() else max(over)
+
+
+class _Unpredictable(Exception):
+    """A model that cannot predict images: its logits are not finite, or it has no threshold for a group."""
 
 
 class FairnessAwareQuantizer:
@@ -256,9 +261,10 @@ class FairnessAwareQuantizer:
         Without `selection_data` or `certification_data` the images of `calibration_data` are divided: a third each for
         calibration, selection and certification (a half each where one of the two is given), within every (group,
         label), by the seed; they are held in memory meanwhile, and exact copies of an image are used once. Loaders that
-        are given must give the same images in the same order each time. `train_data` allows the rungs that train; the
-        calibration images choose their best epoch. It must hold none of the images that select or certify: the same
-        loader is refused, the same images in another loader are not noticed.
+        are given must give the same images in the same order each time. An image that two of the
+        three have is refused. `train_data` allows the rungs that train; the calibration images choose their best
+        epoch. It must hold none of the images that select or certify: the same loader is refused, the same images in
+        another loader, augmented as they may be, are not noticed.
 
         Nothing certified: the model closest to the bounds by the selection images is returned, or with `strict`
         FairnessConstraintError raised. `fairness_constraint=False`: the first rung that can be done, measured all the
@@ -269,6 +275,8 @@ class FairnessAwareQuantizer:
         data = self._divide(calibration_data, selection_data, certification_data, train_data)
         exact = {part: predict(model, data[part]) for part in PARTS[1:]}
         self._check_groups(exact, fairness_constraint)
+        if selection_data is not None or certification_data is not None:
+            _check_apart(data)
         self._baseline(model, exact)
 
         self._attempts, chosen, candidates = 0, None, []
@@ -276,6 +284,8 @@ class FairnessAwareQuantizer:
             candidates.append(candidate)
             if not fairness_constraint:
                 self._certify(candidate, data, exact, self.confidence)
+                if candidate.has_failed:
+                    continue
                 chosen = candidate
                 break
             if candidate.is_kept:
@@ -283,17 +293,19 @@ class FairnessAwareQuantizer:
                 if self._certify(candidate, data, exact, self._level(self._attempts)):
                     chosen = candidate
                     break
-        if not candidates:
-            raise QuantizationError(f"no rung of the ladder could be done: {self._failures()}")
         for candidate in sorted(candidates, key=lambda candidate: candidate.excess):
-            if chosen is None and candidate.is_near and candidate.certification is None:
+            if chosen is None and candidate.is_near and candidate.certification is None and not candidate.has_failed:
                 self._attempts += 1
                 if self._certify(candidate, data, exact, self._level(self._attempts)):
                     chosen = candidate
-        if chosen is None:
-            chosen = min(candidates, key=lambda candidate: candidate.distance)  # the cheapest of equals
+        while chosen is None:
+            able = [candidate for candidate in candidates if not candidate.has_failed]
+            if not able:
+                raise QuantizationError(f"no rung of the ladder could be done: {self._failures()}")
+            chosen = min(able, key=lambda candidate: candidate.distance)  # the cheapest of equals
             if chosen.certification is None:
                 self._certify(chosen, data, exact, self._level(self._attempts + 1), is_attempt=False)
+            chosen = None if chosen.has_failed else chosen
         self._finish(chosen, data, exact, fairness_constraint)
         if fairness_constraint and self.strict and not self.satisfied:
             raise FairnessConstraintError(self.message, chosen.model, self.report)
@@ -330,7 +342,11 @@ class FairnessAwareQuantizer:
             if not within:
                 row["verdict"] = f"skipped: {size:.3g} MB are over the budget of {self.size_budget_mb:g} MB"
                 continue
-            predictions = self._predict(quantized, data["selection"], exact["selection"], "selection_data")
+            try:
+                predictions = self._predict(quantized, data["selection"], exact["selection"], "selection_data")
+            except _Unpredictable as error:
+                row["verdict"] = f"failed: {error}"
+                continue
             level = self._level(self._attempts + 1)  # what its certification will be held to
             candidate = Candidate(row, quantized, self._measure(exact["selection"], predictions, level))
             row |= _columns("selection", candidate.selection) | {"selection_accuracy": predictions.accuracy}
@@ -368,9 +384,14 @@ class FairnessAwareQuantizer:
 
     def _certify(self, candidate: Candidate, data: dict, exact: dict, level: float, is_attempt: bool = True) -> bool:
         """Measure on the certification images; whether every bound is kept."""
-        predictions = self._predict(
-            candidate.model, data["certification"], exact["certification"], "certification_data"
-        )
+        try:
+            predictions = self._predict(
+                candidate.model, data["certification"], exact["certification"], "certification_data"
+            )
+        except _Unpredictable as error:
+            candidate.row["verdict"] += f"; failed on the certification images: {error}"
+            candidate.has_failed = True
+            return False
         candidate.certification = self._measure(exact["certification"], predictions, level)
         is_kept = is_attempt and all(measured.is_kept for measured in candidate.certification)
         candidate.row |= _columns("certification", candidate.certification)
@@ -521,7 +542,10 @@ class FairnessAwareQuantizer:
         return float(np.max([gap.observed for gap in gaps]))  # NaN if one is
 
     def _predict(self, model: nn.Module, loader: Iterable, exact: Predictions, argument: str) -> Predictions:
-        predictions = predict(model, loader)
+        try:
+            predictions = predict(model, loader)
+        except (QuantizationError, EvaluationError) as error:
+            raise _Unpredictable(str(error)) from error
         same = np.array_equal(predictions.y_true, exact.y_true) and all(
             np.array_equal(predictions.sensitive[name], exact.sensitive[name]) for name in self.sensitive_attributes
         )
@@ -683,6 +707,26 @@ def _paired_counts(
     return counts, [" & ".join(map(str, code)) for code in present.tolist()]
 
 
+def _digest(image: torch.Tensor) -> bytes:
+    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()
+
+
+def _check_apart(data: Mapping[str, Iterable]) -> None:
+    """QuantizationError where an image is in two parts: what chooses a repair cannot certify it."""
+    part_of: dict[bytes, str] = {}
+    shared: dict[tuple[str, str], int] = {}
+    for part, loader in data.items():
+        own = {_digest(x) for batch in map(as_batch, loader) for x in torch.as_tensor(batch["image"]).detach().cpu()}
+        for digest in own:
+            other = part_of.setdefault(digest, part)
+            if other != part:
+                shared[other, part] = shared.get((other, part), 0) + 1
+    for (one, other), count in shared.items():
+        raise QuantizationError(
+            f"{count} images of {other}_data are in {one}_data too: what chooses a repair cannot certify it"
+        )
+
+
 @dataclass(frozen=True)
 class _Gathered:
     images: torch.Tensor
@@ -704,7 +748,7 @@ def _gather(loader: Iterable, attributes: Sequence[str]) -> _Gathered:
         pixels = torch.as_tensor(batch["image"]).detach().cpu()
         keep = []
         for place, image in enumerate(pixels):
-            digest = hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()
+            digest = _digest(image)
             if digest not in seen:
                 seen.add(digest)
                 keep.append(place)

@@ -6,7 +6,7 @@ A group is a combination of the values of the sensitive attributes. Shapes: n im
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,20 @@ from quantizers.numerics import QuantizationError, QuantizationWarning
 Weighting = Literal["balanced", "worst_group"]
 Drift = Literal["kl", "loss"]  # of an image: divergence from the float model's softmax, or rise of the cross entropy
 WORST_SHARE = 0.5  # of the whole weight, for the worst group; the rest is shared equally by all
+
+
+# what each of the images counts, (n,), or what each of the first ones counts that the memory holds
+ImageWeights = torch.Tensor | Callable[[int], torch.Tensor]
+
+
+def weights_of_first(weights: ImageWeights | None, count: int) -> torch.Tensor:
+    """(count,) float32; None: all the same. QuantizationError where they are negative or all zero."""
+    if weights is None:
+        return torch.ones(count)
+    weights_N = (weights(count) if callable(weights) else weights[:count]).float()
+    if not bool((weights_N >= 0).all()) or not float(weights_N.sum()) > 0:
+        raise QuantizationError("the weights of the images must not be negative nor all zero")
+    return weights_N
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,10 @@ class GroupedImages:
         counts = torch.bincount(part.groups, minlength=len(self.names)).tolist()
         missing = [name for name, n in zip(self.names, counts, strict=True) if n == 0]
         if missing:
-            raise QuantizationError(f"group {missing[0]} has none of {count} images: raise sensitivity_samples")
+            raise QuantizationError(
+                f"group {missing[0]} has none of the first {count} images, which are what sensitivity_samples or the "
+                "memory allows: raise the former, give smaller images or fewer attributes"
+            )
         return part
 
     def means(self, values_N: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from quantizers.bias_correction import correct_biases
 from quantizers.calibration import Statistics, check_images, observe, set_ranges
 from quantizers.equalization import equalize
 from quantizers.graph import prepare
+from quantizers.groups import ImageWeights
 from quantizers.modules import ActivationQuantizer, DynamicActivationQuantizer, QuantizedModel
 from quantizers.numerics import BACKENDS, REDUCED_INT8_RANGE, QuantizationError, QuantizationWarning
 from quantizers.observers import HISTOGRAM_OBSERVERS, WeightObserver
@@ -175,8 +176,8 @@ def quantize(
     recipe: Recipe,
     progress: Progress | None = None,
     *,
-    rounding_weights: torch.Tensor | None = None,
-    bias_weights: torch.Tensor | None = None,
+    rounding_weights: ImageWeights | None = None,
+    bias_weights: ImageWeights | None = None,
 ) -> None:
     """Set the ranges, then the weights, then what is learned or corrected on top of them; there each image counts as
     its weight (n,) says, all the same where there is none."""
@@ -196,6 +197,7 @@ def quantize(
             image_weights=rounding_weights,
         )
         quantized.reports["reconstruction"] = report.table()
+        quantized.description["reconstruction_images"] = report.images
     if recipe.bias_correction:
         quantized.description["bias_correction_images"] = correct_biases(
             quantized, images, progress=progress, image_weights=bias_weights

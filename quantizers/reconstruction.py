@@ -21,6 +21,7 @@ from torch import nn
 
 from evaluation import device_of, eval_mode
 from quantizers.execution import WALK_BATCH, WALK_MEMORY, Segment, Walk, images_within, run_segment, segments
+from quantizers.groups import ImageWeights, weights_of_first
 from quantizers.learned import LearnedActivation, replaced
 from quantizers.modules import ActivationQuantizer, QuantizedLayer, QuantizedModel
 from quantizers.numerics import FLOAT_BITS, MAX_BITS, QuantizationError, along
@@ -64,15 +65,16 @@ def reconstruct(
     seed: int = 0,
     memory_bytes: int = WALK_MEMORY,
     progress: Progress | None = None,
-    image_weights: torch.Tensor | None = None,
+    image_weights: ImageWeights | None = None,
 ) -> Reconstruction:
     """Learn the rounding of every quantized layer, in place, and the scales of the activations between them.
 
     Weights and ranges must be set, and the float parameters not yet forgotten. `images` (n, 3, H, W): as many as
     `memory_bytes` of live activations hold, the first ones. `unit` is "block" or "layer"; `drop` the share of the
-    activations that are taken as they are in a step. `image_weights` (n,), not negative, say how much each image's
-    error counts, in what is learned and in whether it is kept; None: all the same. The same seed gives the same model.
-    If it fails, the pieces that are not done are as they were.
+    activations that are taken as they are in a step. `image_weights` (n,), not negative, or a function that gives those
+    of so many of the first images, say how much each image's error counts, in what is learned and in whether it is
+    kept; None: all the same. The same seed gives the same model. If it fails, the pieces that are not done are as they
+    were.
     """
     if unit not in ("block", "layer"):
         raise QuantizationError(f"unknown reconstruction unit {unit!r}; choose from block, layer")
@@ -81,9 +83,7 @@ def reconstruct(
     with eval_mode(model):
         # kept at once: the live values of the float and of the quantized network, and the piece's own target
         images = images[: images_within(network, images.to(device), memory_bytes // 3)].to(device)
-        weights_N = torch.ones(len(images)) if image_weights is None else image_weights[: len(images)].float()
-        if not bool((weights_N >= 0).all()) or not float(weights_N.sum()) > 0:
-            raise QuantizationError("reconstruction: the weights of the images must not be negative nor all zero")
+        weights_N = weights_of_first(image_weights, len(images))
         weights_N = (weights_N / weights_N.mean()).to(device)
         report = Reconstruction(unit, len(images), iterations)
         pieces = {piece.nodes[0]: piece for piece in (_blocks if unit == "block" else _layers)(model)}

@@ -72,10 +72,14 @@ def widen_sensitive_layers(
     the groups; None: of the worst one. QuantizationError where `wide_bits` is no wider than what there is.
     """
     check_bits(wide_bits, "wide_bits")
-    layers = {name: layer for name, layer in model.layers().items() if layer.bits < wide_bits}
-    if not layers:
-        raise QuantizationError(f"no layer has fewer than {wide_bits} bits: there is nothing to widen")
     inputs = _inputs(model)
+
+    def is_narrow(layer: QuantizedLayer) -> bool:
+        return layer.bits < wide_bits or ((source := inputs.get(layer)) is not None and source.bits < wide_bits)
+
+    layers = {name: layer for name, layer in model.layers().items() if is_narrow(layer)}
+    if not layers:
+        raise QuantizationError(f"no layer and no input has fewer than {wide_bits} bits: there is nothing to widen")
     exact_NK = float_logits(model, grouped.images)
 
     def drifts() -> np.ndarray:
@@ -93,7 +97,7 @@ def widen_sensitive_layers(
             bytes_LC[place, option] = layer.bytes_at(width)
             source = inputs.get(layer)
             has_no_input = option == WIDER_INPUT and (source is None or source.bits >= wide_bits)
-            is_of_weights = option in (WIDER, NARROWER) and widen == "inputs"
+            is_of_weights = option in (WIDER, NARROWER) and (widen == "inputs" or layer.bits >= wide_bits)
             if width < NARROWEST or has_no_input or is_of_weights:
                 costs_GLC[:, place, option] = np.inf
             elif option != AS_IT_IS:
@@ -127,14 +131,16 @@ def widen_sensitive_layers(
     for layer in model.layers().values():
         if layer.float_bias is not None:
             layer.set_bias(layer.float_bias)
+    gains_GLC = np.where(np.isfinite(costs_GLC), -costs_GLC, np.nan)  # NaN: not to be had
+    worst = int(base_G.argmax())
     table = pd.DataFrame(
         {
             "layer": list(layers),
             "bits": list(before.values()),
             "chosen_bits": [layer.bits for layer in layers.values()],
-            "gain_worst_group": -costs_GLC[int(base_G.argmax()), :, WIDER],
-            "gain_mean": -costs_GLC[:, :, WIDER].mean(axis=0),
-            "gain_worst_group_input": -costs_GLC[int(base_G.argmax()), :, WIDER_INPUT],
+            "gain_worst_group": gains_GLC[worst, :, WIDER],
+            "gain_mean": gains_GLC[:, :, WIDER].mean(axis=0),
+            "gain_worst_group_input": gains_GLC[worst, :, WIDER_INPUT],
             "choice": [CHOICES[option] for option in found.choices] if is_kept else CHOICES[AS_IT_IS],
             "bytes": bytes_LC[:, AS_IT_IS],
         }

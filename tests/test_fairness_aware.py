@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from evaluation import EvaluationError, predict
 from fairness_metrics import compute_fairness_metrics
 from quantizers import fairness_aware, methods
 from quantizers.fairness_aware import LADDER, TRAINED, FairnessAwareQuantizer, FairnessConstraintError
@@ -471,3 +472,35 @@ def test_before_it_has_run_there_is_nothing_to_say():
     quantizer = climber()
     assert quantizer.satisfied is None and quantizer.final_dp_gap is None and quantizer.certificate is None
     assert quantizer.summary() == "nothing has been quantized yet"
+
+
+def test_images_that_choose_and_certify_are_refused_in_whatever_loader(model):
+    calibration, selection, certification = faces(128, 8), faces(500, 9), faces(500, 10)
+    leaked = [*certification, selection[0]]
+    with pytest.raises(QuantizationError, match="64 images of certification_data are in selection_data too"):
+        climber().quantize(model, calibration, selection_data=selection, certification_data=leaked)
+    both = "images of certification_data are in (calibration|selection)_data too"
+    with pytest.raises(QuantizationError, match=both):
+        climber().quantize(model, [*calibration, certification[1]], certification_data=certification)
+
+
+@pytest.mark.parametrize("where", ["selection", "certification"])
+def test_a_model_that_cannot_predict_costs_its_rung(model, monkeypatch, where):
+    """Not the whole climb: logits that are not finite on the images that select, or on those that certify."""
+    broken = []
+
+    def predicted(quantized, loader, *arguments, **options):
+        n = sum(len(batch["label"]) for batch in loader)
+        if isinstance(quantized, QuantizedModel) and not broken and (where == "selection" or seen):
+            broken.append(n)
+            raise EvaluationError("the logits are not finite")
+        seen.extend([n] if isinstance(quantized, QuantizedModel) else [])
+        return predict(quantized, loader, *arguments, **options)
+
+    seen: list[int] = []
+    monkeypatch.setattr(fairness_aware, "predict", predicted)
+    quantizer = climber()
+    quantizer.quantize(model, faces(128, 8), selection_data=faces(500, 9), certification_data=faces(500, 10))
+    assert broken and quantizer.satisfied
+    failed = quantizer.report["verdict"].str.contains("the logits are not finite")
+    assert failed.sum() == 1 and not quantizer.report.loc[failed, "verdict"].str.startswith("certified").any()

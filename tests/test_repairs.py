@@ -177,10 +177,16 @@ def test_fair_reconstruction_weighs_the_worst_group(model, monkeypatch):
     images = grouped()
     fair = fair_ptq.fair_reconstruction(model, images, reconstruction_iterations=2, **BITS)
     worst = int(fair.reports["group_drift"]["drift"].argmax())
-    weights = seen["image_weights"]
+    weights = seen["image_weights"](48)
     assert weights[images.groups == worst].sum() / weights.sum() == pytest.approx(0.75)
     fair_ptq.fair_reconstruction(model, images, weighting="balanced", reconstruction_iterations=2, **BITS)
-    assert seen["image_weights"][images.groups == 1].sum() / 48 == pytest.approx(0.5)
+    assert seen["image_weights"](48)[images.groups == 1].sum() / 48 == pytest.approx(0.5)
+    # where the memory holds fewer images, the groups' shares are those of these
+    some = images.groups[:20]
+    assert seen["image_weights"](20)[some == 1].sum() / 20 == pytest.approx(0.5) and 0 < (some == 1).sum() != 10
+    alone = int((images.groups != images.groups[0]).nonzero()[0])  # as many images of the first group come first
+    with pytest.raises(QuantizationError, match=f"none of the first {alone} images"):
+        seen["image_weights"](alone)
 
 
 @pytest.mark.parametrize("widen", ["inputs", "weights_and_inputs"])
@@ -218,6 +224,9 @@ def test_sensitive_layers_may_take_more_bytes_and_change_nothing_where_nothing_h
     assert set(none.reports["sensitive_layers"]["choice"]) == {"as it is"}
     table = none.reports["sensitive_layers_groups"]
     assert not none.description["sensitive_layers_kept"] and (table["drift_chosen"] == table["drift_uniform"]).all()
+    assert table.shape[0] and none.reports["sensitive_layers"]["gain_worst_group"].isna().all()  # weights: not asked
+    eight = fair_ptq.sensitive_layers(model, images, layer_share=0.5, weight_bits=8, activation_bits=3)
+    assert "wider input" in set(eight.reports["sensitive_layers"]["choice"])  # its weights have 8 bits already
     with pytest.raises(QuantizationError, match="nothing to widen"):
         fair_ptq.sensitive_layers(model, images, weight_bits=8, activation_bits=8)
 
