@@ -558,17 +558,24 @@ def figure(comparisons: Sequence[Comparison]) -> Figure:
     labels = [label for label in METHODS if any(c.predicted(label) is not None for c in comparisons)]
     colours = {id(PLAIN): "#555555", id(WITHOUT_TRAINING): "#0072B2", id(WITH_TRAINING): "#D55E00"}
     for axis, comparison in zip(axes, comparisons, strict=True):
+        edge = 2.0 * comparison.difference(comparison.plain, "FP32")[0]  # what is worse is written there
         for place, label in enumerate(labels):
             if comparison.predicted(label) is None:
                 continue
             value, low, high = comparison.difference(label, "FP32")
             kind = next(methods for methods in (PLAIN, WITHOUT_TRAINING, WITH_TRAINING) if label in methods)
+            if value < edge:
+                axis.annotate(
+                    f"◂ {value:.0f}", (edge, place), color=colours[id(kind)], fontsize=8, va="center", ha="left"
+                )
+                continue
             axis.errorbar(
                 value, place, xerr=[[value - low], [high - value]], fmt="o", markersize=4, color=colours[id(kind)],
                 capsize=2, linewidth=1,
             )  # fmt: skip
         best = comparison.difference(comparison.plain, "FP32")[0]
         axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlim(edge * 1.05, max(0.5, -0.08 * edge))
         axis.axvline(best, color="#555555", linewidth=0.8, linestyle="--")
         axis.set_title(
             f"{comparison.study.data}, {comparison.setting}: {comparison.names[comparison.group]}", fontsize=9
@@ -577,7 +584,7 @@ def figure(comparisons: Sequence[Comparison]) -> Figure:
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", linewidth=0.3)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(labels) - 0.4, -0.6)
     found.suptitle("plain (grey; dashed: the best), without training (blue), with short training (orange)", fontsize=8)
     return found
 

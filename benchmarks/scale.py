@@ -54,6 +54,7 @@ TINY = {
     "deployment": {"cells": [], "export": [], "latency": False},
 }
 WIDTHS = [f"W{weights}A{activations}" for weights in range(2, 9) for activations in range(2, 9)]
+GROWTH = 20.0  # MB each 1,000 cells that are no leak: the tables of a run have a row for each cell
 OBSERVERS = ["minmax", "percentile", "mse", "entropy", "moving_average"]
 
 
@@ -238,7 +239,7 @@ def kill(folder: Path, options: argparse.Namespace) -> int:
 def killed(folder: Path, config: Path, executor: str, total: int, options: argparse.Namespace) -> bool:
     rng = random.Random(options.seed)
     results, settings = folder / executor, (f"run.executor={executor}", "run.jobs=2")
-    victims = {"worker": 0, "program": 0}
+    victims = {"worker": 0, "program": 0, "missed": 0}
     finished: dict[Path, tuple[int, str]] = {}
     touched: set[Path] = set()
     start = time.monotonic()
@@ -258,8 +259,13 @@ def killed(folder: Path, config: Path, executor: str, total: int, options: argpa
         victim = "program" if rng.random() < 1 / 3 else "worker"
         workers = run.workers()
         pid = run.process.pid if victim == "program" or not workers else rng.choice(workers)
-        with contextlib.suppress(ProcessLookupError):
+        try:
+            if pid == run.process.pid and run.process.poll() is not None:
+                raise ProcessLookupError
             os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has ended just now: no kill
+            victims["missed"] += 1
+            continue
         victims["program" if pid == run.process.pid else "worker"] += 1
         if pid == run.process.pid:
             run.end()
@@ -271,7 +277,8 @@ def killed(folder: Path, config: Path, executor: str, total: int, options: argpa
     is_same, text = compared(results, folder / "serial")
     left = len(list(results.rglob(".*.tmp")))
     print(
-        f"{executor}: {victims['worker']} workers and {victims['program']} programs killed, {starts} starts, "
+        f"{executor}: {victims['worker']} workers and {victims['program']} programs killed ({victims['missed']} ended "
+        f"before), {starts} starts, "
         f"{time.monotonic() - start:.0f} s; {text}; {len(touched)} of {len(finished)} finished files touched; "
         f"{left} temporary files left; exit status {status}",
         flush=True,
@@ -340,6 +347,10 @@ def soaked(folder: Path, config: Path, executor: str, wanted: int) -> bool:
                 )
         time.sleep(0.5)
     run.end()
+    rows = [json.loads(path.read_text())["row"] for path in (results / "cells").glob("*.json")]
+    failed = [row for row in rows if row["status"] != "done"]
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(rows)} cells failed: {failed[0]['error']}")
     if len(samples) < 8:
         print((folder / f"{executor}.log").read_text()[-2000:])
         raise SystemExit("too few samples: it ended early")
@@ -356,7 +367,7 @@ def usage(pid: int) -> tuple[float, int] | None:
 
 
 def is_flat(samples: list[dict]) -> bool:
-    """Whether the last quarter uses no more than the second one: 10 % of memory, two open files."""
+    """Whether the last quarter uses no more than the second one: 10 % of memory, GROWTH, two open files."""
     quarter = len(samples) // 4
     is_good = True
     for name in ("program", "workers"):
@@ -365,10 +376,16 @@ def is_flat(samples: list[dict]) -> bool:
             values = [value for sample in part for value in ([sample[name]] if name == "program" else sample[name])]
             parts.append((statistics.median(memory for memory, _ in values), max(files for _, files in values)))
         (before, files_before), (after, files_after) = parts
-        good = after <= 1.1 * before and files_after <= files_before + 2
+        kept = samples[quarter:]  # the first quarter fills what is kept on purpose
+        memory = [
+            statistics.median(value for value, _ in ([each[name]] if name == "program" else each[name]))
+            for each in kept
+        ]
+        slope = 1000 * statistics.linear_regression([each["cells"] for each in kept], memory).slope
+        good = after <= 1.1 * before and slope <= GROWTH and files_after <= files_before + 2
         is_good &= good
         print(
-            f"{name}: {before:.0f} MB in the second quarter, {after:.0f} MB in the last; "
+            f"{name}: {before:.0f} MB in the second quarter, {after:.0f} MB in the last ({slope:+.0f} MB each 1,000 cells); "
             f"at most {files_before} and {files_after} open files: {'flat' if good else 'GROWS'}"
         )
     return is_good
