@@ -397,7 +397,7 @@ class CostModel:
         is_trained = cell.method == "qat"
         if is_trained:
             name = o.get("start", "ptq_static")
-        base = self._calibration_kind(name, o)
+        base = self._calibration_kind(o.get("start", name) if name == "output_calibration" else name, o)
         total = step(base, samples, groups)
         if cell.method == "mixed_precision" or name == "fair_mixed_precision":
             key = (cell.baseline_cell, o.get("balance"), samples, o.get("sensitivity_samples"), str(o.get("widths")))
@@ -409,6 +409,8 @@ class CostModel:
             total += step("reconstruction iteration") * o.get("reconstruction_iterations", 300)
         if name == "threshold_adjustment":
             total += step("prediction, quantized", validation)
+        if name == "output_calibration":  # the logits of both models, after what it starts from
+            total += step("prediction, float", samples) + step("prediction, quantized", samples)
         if is_trained:
             seen = min(train, o.get("max_train") or train)
             epoch = step("qat step", o["batch_size"]) * (seen / o["batch_size"])

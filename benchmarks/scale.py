@@ -385,8 +385,8 @@ def is_flat(samples: list[dict]) -> bool:
         good = after <= 1.1 * before and slope <= GROWTH and files_after <= files_before + 2
         is_good &= good
         print(
-            f"{name}: {before:.0f} MB in the second quarter, {after:.0f} MB in the last ({slope:+.0f} MB each 1,000 cells); "
-            f"at most {files_before} and {files_after} open files: {'flat' if good else 'GROWS'}"
+            f"{name}: {before:.0f} MB in the second quarter, {after:.0f} MB in the last ({slope:+.0f} MB each 1,000 "
+            f"cells); at most {files_before} and {files_after} open files: {'flat' if good else 'GROWS'}"
         )
     return is_good
 
