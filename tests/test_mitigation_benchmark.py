@@ -1,0 +1,106 @@
+"""What benchmarks/mitigation.py says of predictions that are made by hand: no model is trained or quantized."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SETTING = "W2A2"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_mitigation", ROOT / "benchmarks" / "mitigation.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = path
+    return module
+
+
+@pytest.fixture
+def study(benchmark, tmp_path):
+    """Two groups of 400 images in each part, all of class 1; group b is the second half."""
+    groups = np.repeat([0, 1], 400)
+    part = SimpleNamespace(labels=np.ones(800, np.int64), sensitive={"skin": groups})
+
+    class Made(benchmark.Study):
+        def __init__(self):
+            self.data, self.attribute = "synthetic", "skin"
+            self.dataset = SimpleNamespace(sensitive_names={"skin": ["a", "b"]})
+            self.validation, self.test = [part], [part]
+
+        def path(self, seed, label, setting):
+            return tmp_path / f"{seed}-{label}-{setting}.json"
+
+        def write(self, label, right, seeds=(0, 1)):
+            """`right`: of group a and of group b how many images are, in validation and in test."""
+            for seed in seeds:
+                result = {"size_mb": 1.0, "seconds": 2.0, "bit_operations": 10}
+                for name, counts in right.items():
+                    y = np.zeros(800, int)
+                    for group, count in enumerate(counts):
+                        y[400 * group : 400 * group + count] = 1
+                    result[name] = "".join(map(str, y))
+                self.path(seed, label, None if label == "FP32" else SETTING).write_text(json.dumps(result))
+
+    made = Made()
+    made.write("FP32", {"validation": (400, 400), "test": (400, 400)})
+    for label in benchmark.PLAIN:
+        made.write(label, {"validation": (400, 100), "test": (100, 100)})
+    made.write("PTQ, reconstruction", {"validation": (390, 360), "test": (300, 360)})
+    return made
+
+
+def test_the_reference_and_the_worst_group_are_chosen_on_validation_and_measured_on_test(benchmark, study):
+    """On test group a loses more: the choice must not see that."""
+    comparison = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    assert comparison.plain == "PTQ, reconstruction" and comparison.names[comparison.group] == "b"
+    assert comparison.validation_drop == pytest.approx(10.0)  # 40 of 400 images
+    loss, low, high = comparison.difference("FP32", comparison.plain)
+    assert loss == pytest.approx(10.0) and low < 10 < high
+    error = 100 * np.sqrt(0.1 * 0.9 / 400)  # binomial: the seeds' predictions are the same
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert comparison.detectable("FP32", comparison.plain) == pytest.approx(2.8 * error, rel=0.01)
+
+
+def test_what_is_recovered_is_a_share_of_the_loss_with_an_interval(benchmark, study):
+    study.write("output calibration", {"validation": (390, 380), "test": (300, 390)})  # 30 of the 40 images come back
+    comparison = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    share, low, high = comparison.share("output calibration")
+    assert share == pytest.approx(75.0) and 50 < low < 75 < high < 100
+    assert comparison.gains("output calibration") == pytest.approx([7.5, 7.5])
+    told = [line for line in benchmark.verdicts(comparison) if line.startswith("output calibration")]
+    assert len(told) == 1 and "recovers 75 % [" in told[0] and "back at FP32" not in told[0]
+
+
+def test_a_repair_that_does_nothing_or_harm_is_not_said_to_recover(benchmark, study):
+    study.write("minimax ranges", {"validation": (390, 360), "test": (300, 360)})
+    study.write("group DRO", {"validation": (390, 300), "test": (300, 320)})
+    comparison = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    told = benchmark.verdicts(comparison)
+    assert not any(line.startswith("minimax ranges") or "recovers" in line for line in told)
+    assert any(line.startswith("group DRO") and "makes it worse" in line for line in told)
+
+
+def test_one_that_is_back_at_fp32_is_said_to_be(benchmark, study):
+    study.write("distillation", {"validation": (390, 400), "test": (300, 399)})
+    comparison = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    (told,) = [line for line in benchmark.verdicts(comparison) if line.startswith("distillation")]
+    assert "the group is back at FP32" in told
+
+
+def test_plain_methods_that_are_missing_are_named_and_refused_ones_left_out(benchmark, study):
+    study.path(1, "mixed precision, same bytes", SETTING).unlink()
+    with pytest.raises(SystemExit, match="not measured yet: mixed precision, same bytes"):
+        study.best_plain((0, 1), SETTING)
+    study.path(1, "mixed precision, same bytes", SETTING).write_text('{"refused": "no model is as small"}')
+    assert study.best_plain((0, 1), SETTING) == "PTQ, reconstruction"
+    assert study.predictions((0, 1), "mixed precision, same bytes", SETTING, "test") is None
