@@ -19,7 +19,8 @@ from torch import nn
 from fairness_metrics import compute_fairness_metrics
 from quantizers.fairness_aware import FairnessAwareQuantizer, FairnessConstraintError
 from quantizers.methods import METHODS, apply_quantization, options_of, resolve
-from quantizers.numerics import QuantizationError
+from quantizers.numerics import QuantizationError, check_bits
+from sections.quantization import SHORTHANDS
 
 __all__ = [
     "METHODS",
@@ -60,14 +61,18 @@ def compare_quantization_methods(
     *,
     train_loader: Iterable | None = None,
     validation_loader: Iterable | None = None,
+    bit_width: int | None = None,
+    activation_bits: int | None = None,
     min_group_size: int = 1,
     **options: Any,
 ) -> Comparison:
     """Measure `model` in FP32 and under each of `methods` on `test_loader`, for each sensitive attribute.
 
     Methods are as in `apply_quantization`; an option is passed to the methods that have it, `train_loader` and
-    `validation_loader` to those that train. `test_loader` is iterated once a model. Raises QuantizationError before
-    anything is computed where a method is unknown, or an option is one that none of the methods has.
+    `validation_loader` to those that train. `bit_width` (default 8) and `activation_bits` are those of the methods
+    whose names do not say their width, as PTQ_INT4 does. `test_loader` is iterated once a model. Raises
+    QuantizationError before anything is computed where a method is unknown, or an option is one that none of the
+    methods has.
     """
     names = {method: resolve(method, None)[0] for method in methods}
     if len(names) != len(list(methods)):
@@ -79,13 +84,19 @@ def compare_quantization_methods(
     trained = [method for method, name in names.items() if METHODS[name].needs_train_data]
     if train_loader is None and trained:
         raise QuantizationError(f"{trained[0]} needs train_loader: an iterable of batches of images and labels")
+    for argument, bits in (("bit_width", bit_width), ("activation_bits", activation_bits)):
+        if bits is not None:
+            check_bits(bits, argument)
     attributes = [sensitive_attrs] if isinstance(sensitive_attrs, str) else list(sensitive_attrs)
     rows = _comparison_rows("FP32", model, test_loader, attributes, min_group_size, {})
     for method, name in names.items():
         given = {key: value for key, value in options.items() if key in accepted[name]}
+        has_own_width = method in SHORTHANDS and SHORTHANDS[method][2] is not None
+        widths = {} if has_own_width else {"bit_width": bit_width, "activation_bits": activation_bits}
         quantized = apply_quantization(
             model,
             method,
+            **widths,
             calibration_data=calibration_data,
             train_data=train_loader,
             validation_data=validation_loader,

@@ -307,6 +307,20 @@ def test_comparison_measures_what_it_says(model, loader, tmp_path):
     assert {"FP32", *methods} <= texts
 
 
+def test_comparison_gives_a_width_to_the_methods_that_have_none_of_their_own(model, loader):
+    table = compare_quantization_methods(
+        model,
+        ["PTQ_INT4", "ptq_static", "bias_aware"],
+        loader,
+        "gender",
+        loader,
+        bit_width=3,
+        activation_bits=5,
+    ).table.set_index("method")
+    widths = list(zip(table["weight_bits"], table["activation_bits"], strict=True))
+    assert widths[1:] == [(4, 4), (3, 5), (3, 5)]
+
+
 def test_comparison_refuses_before_it_computes(model, loader):
     def compare(**arguments):
         return compare_quantization_methods(
@@ -317,6 +331,7 @@ def test_comparison_refuses_before_it_computes(model, loader):
         ({"methods": ["PTQ_INT8", "QAT_INT9"]}, "unknown method"),
         ({"methods": ["PTQ_INT8", "PTQ_INT8"]}, "twice"),
         ({"observr": "mse"}, "none of the methods has an option"),
+        ({"bit_width": 1}, "bit_width"),
         ({"methods": ["QAT_INT8"]}, "needs train_loader"),
     ):
         with pytest.raises(QuantizationError, match=message):
