@@ -120,7 +120,7 @@ class FairMixedPrecision(MixedPrecision):
 
     @pydantic.field_validator("bit_widths", mode="before")
     @classmethod
-    def _one_or_manychecked_widths(cls, value):
+    def _one_or_many_widths(cls, value):
         return value if value is None or isinstance(value, list) else [value]
 
     @pydantic.field_validator("bit_widths")
@@ -290,7 +290,7 @@ class Diagnostics(Section):
 
     @pydantic.field_validator("cells")
     @classmethod
-    def _arechecked_patterns(cls, value):
+    def _are_patterns(cls, value):
         return checked_patterns(value)
 
 

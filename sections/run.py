@@ -44,7 +44,7 @@ class Deployment(Section):
 
     @pydantic.field_validator("cells", "export")
     @classmethod
-    def _arechecked_patterns(cls, value):
+    def _are_patterns(cls, value):
         return checked_patterns(value)
 
 
