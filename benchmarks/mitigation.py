@@ -11,15 +11,19 @@ widest at which the best plain post-training quantization costs the worst group 
 on validation. The worst group is the one that loses most there, on validation images; all that is printed is measured
 on test images. Groups are the first attribute's, of which the repairs know; a second table has those of all attributes.
 
-Each result is kept in RESULTS_DIR/<data>/mitigation/ as it is measured: run again, only what is missing is computed;
-`--print` computes nothing. Differences are paired, image by image, averaged over the seeds; intervals are 95 %
-percentile intervals of a bootstrap over the images, given the seeds. `--diagnose` asks why instead: what the groups of
-the first attribute meet in the float model and in the best plain one (diagnostics.py), on validation images.
+Each result, the predictions of one model, is kept in RESULTS_DIR/<data>/mitigation/ as it is measured: run again, only
+what is missing is computed; `--print` computes nothing. `--publish FOLDER` gathers what is shown in FOLDER/<data>.json;
+with `--published FOLDER` such results count as measured, those of other float models left out. Differences are paired,
+image by image, averaged over the seeds; intervals are 95 % percentile intervals of a bootstrap over the images, given
+the seeds. `--diagnose` asks why instead: what the groups of the first attribute meet in the float model and in the best
+plain one (diagnostics.py), on validation images.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import json
 import sys
 import time
@@ -119,6 +123,8 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS, help="compare at this one")
     parser.add_argument("--threads", type=int, default=2, help="of the quantization; the float models have their own")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what is printed")
+    parser.add_argument("--publish", type=Path, metavar="FOLDER", help="write the predictions behind what is printed")
+    parser.add_argument("--published", type=Path, metavar="FOLDER", help="take what is not in RESULTS_DIR from there")
     parser.add_argument("--print", action="store_true", dest="only_print", help="compute nothing")
     parser.add_argument("--diagnose", action="store_true", help="why groups suffer from the best plain quantization")
     arguments = parser.parse_args()
@@ -126,7 +132,7 @@ def main() -> None:
     comparisons = []
     for data in arguments.data:
         config = load_config(Path(__file__).with_name(f"mitigation_{data}.yaml"), arguments.set)
-        study = Study(data, config, arguments.results_dir / data)
+        study = Study(data, config, arguments.results_dir / data, arguments.published)
         if not arguments.only_print:
             study.train()
         seeds = arguments.seeds or config.run.seeds
@@ -145,6 +151,8 @@ def main() -> None:
             study.diagnose(seeds, setting, arguments.only_print)
         else:
             comparisons.append(show(study, seeds, setting))
+        if arguments.publish is not None:
+            study.publish(seeds, setting, arguments.publish)
     if arguments.figure is not None and comparisons:
         figure(comparisons).savefig(arguments.figure, dpi=150)
 
@@ -152,13 +160,16 @@ def main() -> None:
 class Study:
     """One data set: its float models, and what each method makes of them."""
 
-    def __init__(self, data: str, config, folder: Path):
+    def __init__(self, data: str, config, folder: Path, published: Path | None = None):
         self.data, self.config, self.folder = data, config, folder
+        file = None if published is None else published / f"{data}.json"
+        self.published = json.loads(file.read_text()) if file is not None and file.exists() else {}
         self.store = Store(folder)
         self.dataset = load_dataset(config, data)
         self.attribute = next(iter(self.dataset.sensitive_names))  # whose groups are repaired
         self.validation, self.test = self.held_out()
         self.loaded: tuple[int, torch.nn.Module] | None = None
+        self.digests: dict[int, str] = {}
 
     def train(self) -> None:
         self.store.prepare(dump_config(self.config))
@@ -204,17 +215,19 @@ class Study:
 
     def measure(self, seed: int, label: str, setting: str | None) -> None:
         path = self.path(seed, label, setting)
-        if path.exists():
+        digest = self.digest(seed)
+        if (known := self.result(path)) is not None and known["float_model"] == digest:
             return
         start = time.perf_counter()
         try:
             model = self.model(seed) if setting is None else self.quantize(seed, label, setting)
         except QuantizationError as error:  # a budget that no model keeps; its row is left out
             print(f"{self.data} s{seed} {label} {setting}: {error}", flush=True)
-            write_json(path, {"refused": str(error)})
+            write_json(path, {"refused": str(error), "float_model": digest})
             return
         seconds = time.perf_counter() - start
         result = {"seconds": seconds, "size_mb": model_size_mb(model), "threads": torch.get_num_threads()}
+        result["float_model"] = digest
         reports = getattr(model, "reports", {})
         result["training_seconds"] = reports["training"]["seconds"] if "training" in reports else 0.0
         for name in ("budgets", "group_drift"):  # of the latter: which group was the worst one
@@ -223,12 +236,35 @@ class Study:
         result["bit_operations"] = self.bit_operations(model)
         for part, splits in (("validation", self.validation), ("test", self.test)):
             predictions = [predict(model, BatchLoader(split, 128, channels_last=True)) for split in splits]
-            result[part] = "".join("".join(map(str, each.y_pred)) for each in predictions)
+            result[part] = pack(np.concatenate([each.y_pred for each in predictions]))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
         label_N = self.labels("validation")
-        accuracy = (np.array(list(result["validation"])).astype(int) == label_N).mean()
+        accuracy = (unpack(result["validation"], len(label_N)) == label_N).mean()
         print(f"{self.data} s{seed} {label} {setting or ''}: {100 * accuracy:.2f} %, {seconds:.0f} s", flush=True)
+
+    def digest(self, seed: int) -> str:
+        """Of the float model's checkpoint: results of another one, trained elsewhere, are not compared."""
+        if seed not in self.digests:
+            path = self.store.checkpoint_path(self.data, MODEL, seed)
+            self.digests[seed] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return self.digests[seed]
+
+    def result(self, path: Path) -> dict | None:
+        """What was measured, from RESULTS_DIR or from what was published."""
+        return json.loads(path.read_text()) if path.exists() else self.published.get(path.name)
+
+    def publish(self, seeds: Sequence[int], setting: str, folder: Path) -> None:
+        paths = [
+            self.path(seed, label, None if label == "FP32" else setting)
+            for label in ("FP32", *METHODS)
+            for seed in seeds
+        ]
+        paths += [path.with_name(f"diagnosis-{path.name}") for path in paths]
+        found = {path.name: result for path in paths if (result := self.result(path)) is not None}
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(found.items()))
+        (folder / f"{self.data}.json").write_text(f"{{\n{lines}\n}}\n")
 
     def bit_operations(self, model: torch.nn.Module) -> int | None:
         """Of one image: products x the bits of both factors. None of a float model."""
@@ -295,10 +331,10 @@ class Study:
         for seed in seeds:
             path = self.path(seed, label, setting)
             path = path.with_name(f"diagnosis-{path.name}")
-            if not path.exists() and not only_print:
+            if self.result(path) is None and not only_print:
                 write_json(path, self.diagnosis(seed, label, setting, attribute))
-            if path.exists():
-                found.append(json.loads(path.read_text()))
+            if (known := self.result(path)) is not None:
+                found.append(known)
                 print(f"{self.data} s{seed} {label} {setting}: diagnosed", flush=True)
         if found:
             show_diagnosis(self, seeds[: len(found)], label, setting, attribute, found)
@@ -332,12 +368,15 @@ class Study:
 
     def predictions(self, seeds: Sequence[int], label: str, setting: str | None, part: str) -> np.ndarray | None:
         """(S, N) classes; None where a seed is missing, or was refused."""
-        paths = [self.path(seed, label, setting) for seed in seeds]
-        results = [json.loads(path.read_text()) for path in paths if path.exists()]
-        if len(results) < len(paths) or any("refused" in result for result in results):
+        results = [self.result(self.path(seed, label, setting)) for seed in seeds]
+        if any(result is None or "refused" in result for result in results):
             return None
-        texts = [result[part] for result in results]
-        return np.array([np.frombuffer(text.encode(), dtype=np.uint8) - ord("0") for text in texts]).astype(np.int64)
+        for seed, result in zip(seeds, results, strict=True):
+            reference = self.result(self.path(seed, "FP32", None))
+            if reference is None or reference["float_model"] != result["float_model"]:
+                return None
+        images = len(self.labels(part))
+        return np.array([unpack(result[part], images) for result in results])
 
     def worst_group(self, seeds, label: str, setting: str, attributes) -> tuple[int, float]:
         """The group that loses most on validation, and how many points."""
@@ -356,7 +395,7 @@ class Study:
 
     def best_plain(self, seeds, setting: str) -> str:
         """The plain post-training method that costs the worst group of the first attribute least on validation."""
-        missing = [label for label in PLAIN for seed in seeds if not self.path(seed, label, setting).exists()]
+        missing = [label for label in PLAIN for seed in seeds if self.result(self.path(seed, label, setting)) is None]
         if missing:
             raise SystemExit(f"{self.data} {setting}: not measured yet: {', '.join(dict.fromkeys(missing))}")
         found = {
@@ -390,7 +429,9 @@ class Study:
     def measured_setting(self, seeds) -> str:
         """The setting that most methods were measured at."""
         counts = {
-            setting: sum(self.path(seed, label, setting).exists() for label in METHODS for seed in seeds)
+            setting: sum(
+                self.result(self.path(seed, label, setting)) is not None for label in METHODS for seed in seeds
+            )
             for setting in SETTINGS
         }
         return max(counts, key=counts.get)
@@ -591,7 +632,7 @@ def figure(comparisons: Sequence[Comparison]) -> Figure:
 
 def _row(comparison: Comparison, study: Study, seeds, label: str) -> str:
     setting = None if label == "FP32" else comparison.setting
-    results = [json.loads(study.path(seed, label, setting).read_text()) for seed in seeds]
+    results = [study.result(study.path(seed, label, setting)) for seed in seeds]
     cells = [
         f"**{label}**" if label == comparison.plain else label,
         f"{comparison.accuracy_of_all(label):.1f}",
@@ -606,7 +647,7 @@ def _row(comparison: Comparison, study: Study, seeds, label: str) -> str:
             _, low, high = comparison.gap_difference(label, comparison.plain, metric)
             text += f" ({low:+.1f} to {high:+.1f})"
         cells.append(text)
-    uniform = json.loads(study.path(seeds[0], "PTQ", comparison.setting).read_text())["bit_operations"]
+    uniform = study.result(study.path(seeds[0], "PTQ", comparison.setting))["bit_operations"]
     operations = [result["bit_operations"] for result in results]
     cells += [
         f"{np.mean([result['size_mb'] for result in results]):.2f}",
@@ -645,6 +686,15 @@ def verdicts(comparison: Comparison) -> list[str]:
             if found:
                 lines.append(f"{label} ({kind}): {'; '.join(found)}")
     return lines
+
+
+def pack(classes_N: np.ndarray) -> str:
+    """Predictions of two classes, a bit each, in base64."""
+    return base64.b64encode(np.packbits(classes_N.astype(bool))).decode()
+
+
+def unpack(text: str, images: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=images).astype(np.int64)
 
 
 def _as_json(value):

@@ -33,7 +33,7 @@ def study(benchmark, tmp_path):
 
     class Made(benchmark.Study):
         def __init__(self):
-            self.data, self.attribute = "synthetic", "skin"
+            self.data, self.attribute, self.published = "synthetic", "skin", {}
             self.dataset = SimpleNamespace(sensitive_names={"skin": ["a", "b"]})
             self.validation, self.test = [part], [part]
 
@@ -43,12 +43,12 @@ def study(benchmark, tmp_path):
         def write(self, label, right, seeds=(0, 1)):
             """`right`: of group a and of group b how many images are, in validation and in test."""
             for seed in seeds:
-                result = {"size_mb": 1.0, "seconds": 2.0, "bit_operations": 10}
+                result = {"size_mb": 1.0, "seconds": 2.0, "bit_operations": 10, "float_model": f"of seed {seed}"}
                 for name, counts in right.items():
                     y = np.zeros(800, int)
                     for group, count in enumerate(counts):
                         y[400 * group : 400 * group + count] = 1
-                    result[name] = "".join(map(str, y))
+                    result[name] = benchmark.pack(y)
                 self.path(seed, label, None if label == "FP32" else SETTING).write_text(json.dumps(result))
 
     made = Made()
@@ -104,3 +104,30 @@ def test_plain_methods_that_are_missing_are_named_and_refused_ones_left_out(benc
     study.path(1, "mixed precision, same bytes", SETTING).write_text('{"refused": "no model is as small"}')
     assert study.best_plain((0, 1), SETTING) == "PTQ, reconstruction"
     assert study.predictions((0, 1), "mixed precision, same bytes", SETTING, "test") is None
+
+
+def test_what_is_published_is_what_was_measured(benchmark, study, tmp_path):
+    before = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    expected = before.difference("FP32", before.plain)
+    study.publish((0, 1), SETTING, tmp_path / "published")
+    for path in tmp_path.glob("*.json"):
+        path.unlink()
+    assert study.predictions((0, 1), "FP32", None, "test") is None
+    study.published = json.loads((tmp_path / "published" / "synthetic.json").read_text())
+    after = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    assert after.difference("FP32", after.plain) == expected
+
+
+def test_results_of_another_float_model_are_not_compared(benchmark, study):
+    path = study.path(1, "PTQ, reconstruction", SETTING)
+    other = json.loads(path.read_text()) | {"float_model": "trained elsewhere"}
+    path.write_text(json.dumps(other))
+    assert study.predictions((0, 1), "PTQ, reconstruction", SETTING, "test") is None
+    assert study.predictions((0,), "PTQ, reconstruction", SETTING, "test") is not None
+    assert benchmark.Comparison(study, (0, 1), SETTING, ["skin"]).plain != "PTQ, reconstruction"
+
+
+@pytest.mark.parametrize("images", [1, 7, 8, 801])
+def test_packed_predictions_are_the_predictions(benchmark, images):
+    classes_N = np.random.default_rng(images).integers(0, 2, images)
+    assert (benchmark.unpack(benchmark.pack(classes_N), images) == classes_N).all()
