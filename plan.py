@@ -31,7 +31,7 @@ from sections.quantization import QAT, RECONSTRUCTION_KEYS, SHORTHANDS, MethodEn
 from sections.training import Training
 from store import SCHEMA_VERSION, short_hash
 
-QUANTIZATION_VERSION = 3  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
+QUANTIZATION_VERSION = 4  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
 REPAIR_VERSION = 3  # likewise, of how the strategies of the mitigation phase do
 TRAINING_VERSION = 2  # likewise, of how quantized models are trained
 MEANINGFUL_NONE = ("classifier_bits", "gradient_clip")  # None says something else than the default

@@ -7,16 +7,19 @@ and gives back the row; the program that it works for writes the record, which m
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import linecache
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import threadpoolctl
 import torch
+import torch.fx
 
 from config import Config, ConfigError
 from datasets import DataError
@@ -102,7 +105,7 @@ class CellReport:
 def compute_cell(cell: Cell, compute: Compute, job: Job, tell: Tell) -> Outcome:
     """The cell's outcome, also where it fails; raises what is FATAL, and PoisonedError. Meanwhile a mark in the results
     folder says who computes it."""
-    with Store(job.results_dir).mark_running(cell.id):
+    with Store(job.results_dir).mark_running(cell.id), _forgetting_sources():
         return _compute(cell, compute, job.config, tell)
 
 
@@ -187,6 +190,20 @@ def prepared(job: Job) -> Compute:
 
 
 _prepared: tuple[str, Compute] | None = None
+
+
+@contextlib.contextmanager
+def _forgetting_sources() -> Iterator[None]:
+    """Forget the source code of the graphs that are traced meanwhile: torch.fx keeps that of every graph for its
+    tracebacks as long as the process lives, some 100 kB a cell."""
+    kept = getattr(getattr(torch.fx.graph_module, "_loader", None), "eval_cache", {})
+    before = set(kept)
+    try:
+        yield
+    finally:
+        for name in kept.keys() - before:
+            del kept[name]
+            linecache.cache.pop(name, None)
 
 
 def _free_memory() -> None:

@@ -40,6 +40,13 @@ def replaced(root: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> 
             parent._modules[name] = child
 
 
+def mixed(x: torch.Tensor, y: torch.Tensor, share: float, generator: torch.Generator | None) -> torch.Tensor:
+    """A `share` of x's values, drawn anew, and y's elsewhere (QDrop: Wei et al. 2022), laid out in memory like x: a
+    mask of another layout would make the convolutions behind it several times slower."""
+    is_kept = torch.empty_like(x, dtype=torch.float32, device="cpu").uniform_(generator=generator) < share
+    return torch.where(is_kept.to(x.device), x, y)
+
+
 class LearnedActivation(nn.Module):
     """A quantizer whose scale is trained by `theta`; its zero point stays."""
 
@@ -62,10 +69,7 @@ class LearnedActivation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gradient_scale = 1 / math.sqrt(max(1, x.numel() // max(1, len(x))) * self.levels)
         y = LearnedStep.apply(x.float(), self.current_scale(), *self.bounds, gradient_scale)
-        if self.drop == 0:
-            return y
-        kept = torch.rand(x.shape, generator=self.generator) < self.drop
-        return torch.where(kept.to(x.device), x, y)
+        return y if self.drop == 0 else mixed(x, y, self.drop, self.generator)
 
     @torch.no_grad()
     def freeze(self) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from evaluation import device_of, eval_mode
 from quantizers.execution import WALK_BATCH, WALK_MEMORY, Segment, Walk, images_within, run_segment, segments
 from quantizers.groups import ImageWeights, weights_of_first
-from quantizers.learned import LearnedActivation, replaced
+from quantizers.learned import LearnedActivation, mixed, replaced
 from quantizers.modules import ActivationQuantizer, QuantizedLayer, QuantizedModel
 from quantizers.numerics import FLOAT_BITS, MAX_BITS, QuantizationError, along
 
@@ -241,8 +241,7 @@ class _Learning:
             index = torch.randint(len(x), (batch_size,), generator=generator).to(x.device)
             batch, wanted = x[index], target[index]
             if drop > 0:
-                keep = torch.rand(batch.shape, generator=generator) < drop
-                batch = torch.where(keep.to(x.device), exact[index], batch)
+                batch = mixed(exact[index], batch, drop, generator)
             error = (run_segment(self.model.network, self.piece, batch) - wanted).pow(2).flatten(1).mean(dim=1)
             loss = (error * importance_N[index]).mean() * channels
             progress = (step / max(1, iterations) - WARM_UP) / (1 - WARM_UP)

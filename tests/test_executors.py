@@ -27,7 +27,15 @@ except ImportError:
 
 import main
 from config import ConfigError, load_config
-from execution.cells import CellResult, is_out_of_memory, is_poisoned, peak_memory_mb, reset_peak_memory
+from execution.cells import (
+    CellResult,
+    Job,
+    compute_cell,
+    is_out_of_memory,
+    is_poisoned,
+    peak_memory_mb,
+    reset_peak_memory,
+)
 from execution.executors import Processes, Serial, chosen, gpus_of_jobs, open_executor
 from plan import Cell
 from runner import Report, run_cells
@@ -555,3 +563,24 @@ def test_the_peak_is_that_of_the_cell():
     del block
     reset_peak_memory()
     assert abs(peak_memory_mb() - before) < 10
+
+
+def test_a_cell_leaves_no_source_code_behind(tmp_path):
+    """torch.fx keeps that of every graph that it traces."""
+    cell = Cell("c", "baseline", "synthetic", "squeezenet1_1", 0, "fp32")
+    kept = torch.fx.graph_module._loader.eval_cache
+    traced = []
+
+    def compute(cell, report):
+        traced.append(torch.fx.symbolic_trace(torch.nn.Linear(2, 2)))
+        assert len(kept) > before
+        return CellResult({}, [])
+
+    store = Store(tmp_path)
+    store.prepare("")
+    job = Job(compute, load_config(None, []), str(tmp_path), "cpu", "token")
+    before = len(kept)
+    outcome = compute_cell(cell, compute, job, lambda *_: None)
+    assert outcome.row["status"] == "done", outcome.row["error"]
+    assert len(kept) == before
+    assert traced[0](torch.ones(1, 2)).shape == (1, 2)
