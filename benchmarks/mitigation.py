@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
+import copy
 import hashlib
 import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -48,6 +50,7 @@ from models import build_model, load_checkpoint
 from phases import baseline
 from plan import QUANTIZATION_VERSION, REPAIR_VERSION, TRAINING_VERSION, plan
 from quantization import QuantizationError, apply_quantization
+from quantizers import methods, ptq
 from quantizers.mixed_precision import table_of_widths
 from quantizers.modules import QuantizedModel
 from runner import Report
@@ -65,6 +68,7 @@ LEAST_GROUP = 50  # validation images of a group that may be the worst one
 ITERATIONS = {"fairface": 100, "synthetic": 300}  # optimizer steps a block
 LONGER = 300  # the default of the configuration, which gives no more on FairFace: see "longer reconstruction"
 RECONSTRUCTION = {"rounding": "adaround"}
+HALF = {"start": "sensitive_layers", "start_options": {"layer_share": 0.5}}
 HESSIAN_IMAGES = 128  # of each group
 PLAIN = {
     "PTQ": ("ptq_static", {}),
@@ -74,9 +78,11 @@ PLAIN = {
     "mixed precision, reconstruction": ("mixed_precision", RECONSTRUCTION),
 }
 WITHOUT_TRAINING = {
-    # two controls, which know of no groups: what more steps give, and how much two draws of one method differ
+    # controls, which know of no groups: what more steps give, how much two draws of one method differ, and what no
+    # layer's input loses at the same bytes
     "longer reconstruction": ("ptq_static", {**RECONSTRUCTION, "reconstruction_iterations": LONGER}),
     "reconstruction, drawn again": ("ptq_static", {**RECONSTRUCTION, "draw": 1}),
+    "8-bit inputs": ("ptq_static", {**RECONSTRUCTION, "activation_bits": 8}),  # of all layers
     "balanced calibration": ("bias_aware_calibration", RECONSTRUCTION),
     "group-weighted observers": ("group_weighted_observers", RECONSTRUCTION),
     "minimax ranges": ("minimax_ranges", RECONSTRUCTION),
@@ -84,16 +90,18 @@ WITHOUT_TRAINING = {
     "reconstruction, balanced": ("fair_reconstruction", {**RECONSTRUCTION, "weighting": "balanced"}),
     "reconstruction, worst group": ("fair_reconstruction", RECONSTRUCTION),
     "sensitive channels, +5 % bytes": ("sensitive_channels", RECONSTRUCTION),
-    "sensitive layers, weights too": ("sensitive_layers", {**RECONSTRUCTION, "widen": "weights_and_inputs"}),
     "sensitive layers": ("sensitive_layers", RECONSTRUCTION),
     "sensitive layers, up to half": ("sensitive_layers", {**RECONSTRUCTION, "layer_share": 0.5}),
-    "sensitive layers, blind to groups": ("sensitive_layers", {**RECONSTRUCTION, "worst_share": 1.0}),
+    "sensitive layers, blind to groups": (
+        "sensitive_layers",
+        {**RECONSTRUCTION, "layer_share": 0.5, "worst_share": 1.0},
+    ),
+    "sensitive layers, weights too": ("sensitive_layers", {**RECONSTRUCTION, "widen": "weights_and_inputs"}),
     "fair mixed precision": ("fair_mixed_precision", RECONSTRUCTION),
     "output calibration": ("output_calibration", RECONSTRUCTION),
-    "minimax ranges, then output calibration": ("output_calibration", {**RECONSTRUCTION, "start": "minimax_ranges"}),
     "sensitive layers, then output calibration": (
         "output_calibration",
-        {**RECONSTRUCTION, "start": "sensitive_layers", "start_options": {"layer_share": 0.5}},
+        {**RECONSTRUCTION, **HALF},
     ),
     "thresholds of groups": ("threshold_adjustment", RECONSTRUCTION),
 }
@@ -105,9 +113,8 @@ WITH_TRAINING = {  # from the best that there is without: reconstruction, or the
     "group DRO": ("group_dro", RECONSTRUCTION),
     "distillation": ("distillation", RECONSTRUCTION),
     "distillation, all groups alike": ("distillation", {**RECONSTRUCTION, "step_size": 1e-9}),  # a control
-    "minimax ranges, then distillation": ("distillation", {**RECONSTRUCTION, "start": "minimax_ranges"}),
-    "sensitive layers, then group DRO": ("group_dro", {**RECONSTRUCTION, "start": "sensitive_layers"}),
-    "sensitive layers, then distillation": ("distillation", {**RECONSTRUCTION, "start": "sensitive_layers"}),
+    "sensitive layers, then group DRO": ("group_dro", {**RECONSTRUCTION, **HALF}),
+    "sensitive layers, then distillation": ("distillation", {**RECONSTRUCTION, **HALF}),
 }
 UNGROUPED = ("ptq_static", "mixed_precision", "qat")  # methods that know of no groups
 METHODS = {**PLAIN, **WITHOUT_TRAINING, **WITH_TRAINING}
@@ -142,8 +149,8 @@ def main() -> None:
                 study.measure(seed, "FP32", None)
             setting = arguments.setting or study.find_setting(seeds)
             repairs = () if arguments.diagnose else arguments.methods or METHODS
-            for label in dict.fromkeys((*PLAIN, *repairs)):  # what they are compared with is the best of all plain ones
-                for seed in seeds:
+            for seed in seeds:  # one after the other: what several methods start from is kept for a seed
+                for label in dict.fromkeys((*PLAIN, *repairs)):  # they are compared with the best of all plain ones
                     study.measure(seed, label, setting)
         else:
             setting = arguments.setting or study.measured_setting(seeds)
@@ -169,6 +176,7 @@ class Study:
         self.attribute = next(iter(self.dataset.sensitive_names))  # whose groups are repaired
         self.validation, self.test = self.held_out()
         self.loaded: tuple[int, torch.nn.Module] | None = None
+        self.starts = Starts()
         self.digests: dict[int, str] = {}
 
     def train(self) -> None:
@@ -199,6 +207,7 @@ class Study:
             (cell,) = [cell for cell in plan(self.config)["baseline"] if cell.seed == seed]
             expected = {"model": MODEL, "n_classes": len(self.dataset.class_names), "cell": cell.id}
             load_checkpoint(self.store.checkpoint_path(self.data, MODEL, seed), model, expected)
+            self.starts.kept.clear()
             self.loaded = seed, model.to(memory_format=torch.channels_last).eval()
         return self.loaded[1]
 
@@ -218,14 +227,14 @@ class Study:
         digest = self.digest(seed)
         if (known := self.result(path)) is not None and known["float_model"] == digest:
             return
-        start = time.perf_counter()
+        start, saved = time.perf_counter(), self.starts.saved
         try:
             model = self.model(seed) if setting is None else self.quantize(seed, label, setting)
         except QuantizationError as error:  # a budget that no model keeps; its row is left out
             print(f"{self.data} s{seed} {label} {setting}: {error}", flush=True)
             write_json(path, {"refused": str(error), "float_model": digest})
             return
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start + self.starts.saved - saved
         result = {"seconds": seconds, "size_mb": model_size_mb(model), "threads": torch.get_num_threads()}
         result["float_model"] = digest
         reports = getattr(model, "reports", {})
@@ -298,17 +307,19 @@ class Study:
             validation = BatchLoader(self.validation[-1], 128, channels_last=True)
         if method not in ("ptq_dynamic", "qat"):
             options["seed"] = seed_for("mitigation", seed, *drawn)
-        return apply_quantization(
-            self.model(seed),
-            method,
-            int(setting[1]),
-            BatchLoader(split.subset(generator.permutation(positions)), 128, channels_last=True),
-            activation_bits=int(setting[3]),
-            train_data=train,
-            validation_data=validation,
-            calibration_samples=CALIBRATION_IMAGES,
-            **options,
-        )
+        activation_bits = options.pop("activation_bits", int(setting[3]))
+        with self.starts.shared():
+            return apply_quantization(
+                self.model(seed),
+                method,
+                int(setting[1]),
+                BatchLoader(split.subset(generator.permutation(positions)), 128, channels_last=True),
+                activation_bits=activation_bits,
+                train_data=train,
+                validation_data=validation,
+                calibration_samples=CALIBRATION_IMAGES,
+                **options,
+            )
 
     def training_loader(self, seed: int) -> BatchLoader:
         settings = self.config.training
@@ -435,6 +446,47 @@ class Study:
             for setting in SETTINGS
         }
         return max(counts, key=counts.get)
+
+
+class Starts:
+    """What several methods start from, of one float model: computed once, and its seconds counted in each of them."""
+
+    def __init__(self):
+        self.kept: dict[str, tuple[torch.nn.Module, float]] = {}
+        self.saved = 0.0  # seconds
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        plain, started = ptq.ptq_static, methods._started
+        ptq.ptq_static = self.remembering(plain, _key_of_plain)
+        methods._started = self.remembering(started, _key_of_started)
+        try:
+            yield
+        finally:
+            ptq.ptq_static, methods._started = plain, started
+
+    def remembering(self, make: Callable, key_of: Callable) -> Callable:
+        def remembered(*arguments, **options):
+            key = f"{make.__name__} {key_of(*arguments, **options)}"
+            if key in self.kept:
+                self.saved += self.kept[key][1]
+            else:
+                start, saved = time.perf_counter(), self.saved
+                made = make(*arguments, **options)
+                self.kept[key] = (made, time.perf_counter() - start + self.saved - saved)
+            return copy.deepcopy(self.kept[key][0])
+
+        return remembered
+
+
+def _key_of_plain(model, images, *, progress=None, **options) -> str:
+    return short_hash([hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(), options])
+
+
+def _key_of_started(model, data, weight_bits, activation_bits, options) -> str:
+    """Of one float model and its calibration images, which are the same for all that is started in the same way."""
+    used = {key: options[key] for key in ("start", "start_options", *methods.COMMON_OPTIONS) if key in options}
+    return short_hash([used, weight_bits, activation_bits])
 
 
 # ------------------------------------------------------------------------------------------------------------ the table

@@ -16,11 +16,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
 from quantizers import ptq
-from quantizers.bias_correction import correct_biases
 from quantizers.calibration import check_images, set_ranges
 from quantizers.fair_ranges import Kind, observe_groups
 from quantizers.group_allocation import conditional_value_at_risk
@@ -38,7 +38,7 @@ from quantizers.modules import QuantizedModel
 from quantizers.numerics import MAX_BITS, QuantizationError
 from quantizers.observers import HISTOGRAM_OBSERVERS
 from quantizers.sensitive_channels import choose_channels, preserve_channels
-from quantizers.sensitive_layers import Widen, widen_sensitive_layers
+from quantizers.sensitive_layers import Widen, as_it_is, choose_sensitive_layers, give_widths
 
 
 def group_ranges(
@@ -162,18 +162,16 @@ def sensitive_layers(
     **recipe,
 ) -> QuantizedModel:
     """Keep what the layers that cost the worst group most read, or their weights too, in 8 bits, in a file of the same
-    size. Which they are is measured on the first `sensitivity_samples` images."""
+    size. Which they are is measured on the first `sensitivity_samples` images, and whether the worst group has gained
+    by it: if not, the model is the uniform one."""
     recipe = ptq.Recipe(**recipe)
     if recipe.first_last_bits is not None:
         raise QuantizationError("sensitive_layers chooses which layers are wide: leave out first_last_bits")
-    quantized = _attached(model, grouped, weight_bits, activation_bits, recipe)
-    statistics = ptq.observe_activations(quantized, grouped.images, recipe)
-    # with the rounding that it will have: where rounding to nearest ruins everything, no layer alone makes a difference
-    uniform = dataclasses.replace(recipe, bias_correction=False)
-    ptq.quantize(quantized, statistics, grouped.images, uniform, progress)
+    uniform = _attached(model, grouped, weight_bits, activation_bits, recipe)
+    statistics = ptq.observe_activations(uniform, grouped.images, recipe)
     watched = grouped.first(sensitivity_samples)
-    found = widen_sensitive_layers(
-        quantized,
+    chosen = choose_sensitive_layers(
+        uniform,
         statistics,
         watched,
         recipe,
@@ -185,32 +183,29 @@ def sensitive_layers(
         widen=widen,
         progress=progress,
     )
-    if found.is_kept and recipe.rounding == "adaround":
-        quantized, found = _rounded_again(
-            quantized, statistics, grouped, watched, uniform, metric, found, worst_share, progress
-        )
-    if recipe.bias_correction:
-        quantized.description["bias_correction_images"] = correct_biases(quantized, grouped.images)
-    quantized.round_biases()
-    quantized.reports["sensitive_layers"] = found.table
+    wide = copy.deepcopy(uniform)
+
+    def finished(quantized: QuantizedModel) -> np.ndarray:
+        """The mean drift of each group (G,) of the model, quantized as the recipe says."""
+        ptq.quantize(quantized, statistics, grouped.images, recipe, progress)
+        exact_NK, logits_NK = float_logits(quantized, watched.images), logits_of(quantized, watched.images)
+        return watched.means(drift(exact_NK, logits_NK, watched.labels, metric)).numpy()
+
+    before_G = after_G = finished(uniform)
+    is_kept = False
+    if not chosen.is_uniform():
+        give_widths(wide, chosen)
+        wide_G = finished(wide)
+        share = 1 / len(grouped.names) if worst_share is None else worst_share
+        is_kept = conditional_value_at_risk(wide_G, share) < conditional_value_at_risk(before_G, share)
+        after_G = wide_G if is_kept else before_G
+    quantized, table = (wide, chosen.table) if is_kept else (uniform, as_it_is(chosen.table))
+    quantized.reports["sensitive_layers"] = table
     quantized.reports["sensitive_layers_groups"] = pd.DataFrame(
-        {"group": list(grouped.names), "drift_uniform": found.before_G, "drift_chosen": found.after_G}
+        {"group": list(grouped.names), "drift_uniform": before_G, "drift_chosen": after_G}
     )
-    quantized.description["sensitive_layers_kept"] = found.is_kept
+    quantized.description["sensitive_layers_kept"] = is_kept
     return quantized
-
-
-def _rounded_again(quantized, statistics, grouped, watched, recipe, metric, found, worst_share, progress):
-    """The model whose rounding is learned anew around its wide layers, where that brings the worst group nearer still;
-    else the model as it is."""
-    again = copy.deepcopy(quantized)
-    ptq.quantize(again, statistics, grouped.images, recipe, progress)
-    drift_N = drift(float_logits(again, watched.images), logits_of(again, watched.images), watched.labels, metric)
-    drift_G = watched.means(drift_N).numpy()
-    share = 1 / len(drift_G) if worst_share is None else worst_share
-    if conditional_value_at_risk(drift_G, share) < conditional_value_at_risk(found.after_G, share):
-        return again, dataclasses.replace(found, after_G=drift_G)
-    return quantized, found
 
 
 def _attached(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -396,14 +396,16 @@ class QuantizedModel(nn.Module):
         return {module.name: module for module in self.modules() if isinstance(module, ACTIVATION_QUANTIZERS)}
 
     @contextlib.contextmanager
-    def as_float(self) -> Iterator[None]:
-        """Meanwhile it computes what the float model did: no quantizer, float weights and biases."""
+    def as_float(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
+        """Meanwhile it computes what the float model did: no quantizer, float weights and biases. The layers and
+        quantizers in `but` go on as they are."""
         layers = self.layers().values()
         was_float = {layer: layer.is_float for layer in layers}
-        with self.observing({name: _ignore for name in self.activation_quantizers()}):
+        quantizers = self.activation_quantizers().items()
+        with self.observing({name: _ignore for name, quantizer in quantizers if quantizer not in but}):
             try:
                 for layer in layers:
-                    layer.is_float = True
+                    layer.is_float = layer not in but
                 yield
             finally:
                 for layer in layers:

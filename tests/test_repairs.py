@@ -1,6 +1,7 @@
 """Repairs without training, on a network in which each group's images have channels of their own. Each test fails where
 its repair does nothing."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -81,6 +82,12 @@ def output_error(model: nn.Module, quantized: QuantizedModel, images: GroupedIma
     with torch.no_grad():
         error_NK = logits_of(quantized, images.images) - model(images.images)
     return torch.stack([error_NK[images.groups == group].mean(dim=0) for group in range(2)])
+
+
+def sources_of(quantized: QuantizedModel) -> dict[str, nn.Module]:
+    """What each candidate of sensitive_layers reads: a layer's input, or the activation that it is."""
+    found = {layer.name: source for source, layer in quantized.inputs()}
+    return found | {f"activation {name}": source for name, source in quantized.activation_quantizers().items()}
 
 
 def test_minimax_ranges_help_the_group_whose_activations_are_unusual(model):
@@ -201,9 +208,10 @@ def test_sensitive_layers_bring_the_worst_group_nearer_in_no_more_bytes(model, w
     wide = list(table.index[table["choice"].isin(["wider", "wider input"])])
     assert 1 <= len(wide) <= len(table) // 2
     assert set(fair.widths().values()) <= ({4} if widen == "inputs" else {3, 4, 8})
-    readers = {layer.name: source for source, layer in fair.inputs()}
-    assert all(readers[name].bits == 8 for name in wide)
-    assert all((fair.widths()[name] == 8) == (choice == "wider") for name, choice in table["choice"].items())
+    sources = sources_of(fair)
+    assert all(sources[name].bits == 8 for name in wide)
+    choices = table["choice"].drop([name for name in table.index if name not in fair.widths()])
+    assert all((fair.widths()[name] == 8) == (choice == "wider") for name, choice in choices.items())
     assert drifts(model, fair, images).max() < drifts(model, plain, images).max()
     # what was said of it is what it is: nearest rounding is what was measured
     table = fair.reports["sensitive_layers_groups"]
@@ -322,3 +330,43 @@ def test_sensitive_layers_with_learned_rounding_are_no_worse_than_without_wide_l
     assert fair.description["sensitive_layers_kept"]
     assert table["drift_chosen"].max() < table["drift_uniform"].max()
     assert drifts(model, fair, images).numpy() == pytest.approx(table["drift_chosen"].to_numpy(), rel=0.02)
+
+
+def test_a_layers_gain_is_what_its_input_alone_costs_in_the_float_network(model):
+    images = grouped(60, 20)
+    fair = fair_ptq.sensitive_layers(model, images, layer_share=0.5, **FOUR)
+    table = fair.reports["sensitive_layers"].set_index("layer")
+    sources = {name: source.name for name, source in sources_of(fair).items()}
+    alone = {}
+    for bits in (FOUR["activation_bits"], 8):
+        plain = ptq.ptq_static(model, images.images, weight_bits=8, activation_bits=bits, keep_float=True)
+        with torch.no_grad():
+            exact = model(images.images)
+        for name, quantizer in plain.activation_quantizers().items():
+            with plain.as_float(but=[quantizer]):
+                alone[name, bits] = images.means(drift(exact, logits_of(plain, images.images), images.labels))
+    totals = sum(alone[sources[name], FOUR["activation_bits"]] for name in table.index)
+    worst = int(totals.argmax())
+    for name, row in table.iterrows():
+        narrow, wide = (float(alone[sources[name], bits][worst]) for bits in (FOUR["activation_bits"], 8))
+        assert row["gain_worst_group_input"] == pytest.approx(narrow - wide, rel=1e-3, abs=1e-6)
+    # and the half of them is made wide that leaves the worst group least
+
+    def left(wide: set[str]) -> float:
+        widths = {name: 8 if name in wide else FOUR["activation_bits"] for name in table.index}
+        return float(sum(alone[sources[name], bits] for name, bits in widths.items()).max())
+
+    least = min(left(set(wide)) for wide in itertools.combinations(table.index, len(table) // 2))
+    chosen = set(table.index[table["choice"] == "wider input"])
+    assert len(chosen) <= len(table) // 2 and left(chosen) == pytest.approx(least, rel=1e-3)
+
+
+def test_wide_inputs_are_worth_what_the_rounding_that_is_learned_around_them_makes_of_them(model):
+    """Learned around the narrow inputs and then given wide ones, the same weights would be worse than before."""
+    images = grouped(60, 20)
+    options = {"rounding": "adaround", "reconstruction_iterations": 40, "weight_bits": 6}
+    fair = fair_ptq.sensitive_layers(model, images, layer_share=1.0, activation_bits=2, **options)
+    assert set(fair.reports["sensitive_layers"]["choice"]) == {"wider input"}
+    assert {int(quantizer.bits) for quantizer in fair.activation_quantizers().values()} == {8}
+    narrow = ptq.ptq_static(model, images.images, activation_bits=2, **options)
+    assert drifts(model, fair, images).max() < 0.5 * drifts(model, narrow, images).max()
