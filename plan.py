@@ -32,7 +32,7 @@ from sections.training import Training
 from store import SCHEMA_VERSION, short_hash
 
 QUANTIZATION_VERSION = 4  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
-REPAIR_VERSION = 3  # likewise, of how the strategies of the mitigation phase do
+REPAIR_VERSION = 4  # likewise, of how the strategies of the mitigation phase do
 TRAINING_VERSION = 2  # likewise, of how quantized models are trained
 MEANINGFUL_NONE = ("classifier_bits", "gradient_clip")  # None says something else than the default
 

@@ -61,7 +61,7 @@ MOST_DROP = 3.0  # points that the best plain PTQ costs the worst group at the s
 SETTINGS = ("W8A8", "W4A8", "W4A4", "W3A4", "W3A3", "W4A2", "W2A4", "W3A2", "W2A3", "W2A2")  # from wide to narrow
 CALIBRATION_IMAGES = 512
 EXTRA = {"validation": 1500, "test": 7800}  # of FairFace's training images that are not trained on, as many more
-TRAINING = {"epochs": 2, "learning_rate": 1e-3}  # a short training, on all that the float models were trained on
+TRAINING = {"epochs": 1, "learning_rate": 1e-3}  # a short training, on all that the float models were trained on
 REPLICATES = 2000
 LEAST_GROUP = 50  # validation images of a group that may be the worst one
 
@@ -96,13 +96,8 @@ WITHOUT_TRAINING = {
         "sensitive_layers",
         {**RECONSTRUCTION, "layer_share": 0.5, "worst_share": 1.0},
     ),
-    "sensitive layers, weights too": ("sensitive_layers", {**RECONSTRUCTION, "widen": "weights_and_inputs"}),
     "fair mixed precision": ("fair_mixed_precision", RECONSTRUCTION),
     "output calibration": ("output_calibration", RECONSTRUCTION),
-    "sensitive layers, then output calibration": (
-        "output_calibration",
-        {**RECONSTRUCTION, **HALF},
-    ),
     "thresholds of groups": ("threshold_adjustment", RECONSTRUCTION),
 }
 WITH_TRAINING = {  # from the best that there is without: reconstruction, or the repair that is named
@@ -149,6 +144,8 @@ def main() -> None:
                 study.measure(seed, "FP32", None)
             setting = arguments.setting or study.find_setting(seeds)
             repairs = () if arguments.diagnose else arguments.methods or METHODS
+            if ITERATIONS[data] >= LONGER:
+                repairs = [label for label in repairs if label != "longer reconstruction"]
             for seed in seeds:  # one after the other: what several methods start from is kept for a seed
                 for label in dict.fromkeys((*PLAIN, *repairs)):  # they are compared with the best of all plain ones
                     study.measure(seed, label, setting)

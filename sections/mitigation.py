@@ -100,7 +100,7 @@ class SensitiveLayers(PTQRepair):
 
     drift_metric: Drift = "kl"
     sensitivity_samples: PositiveInt = 256  # calibration images that it is measured on
-    layer_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25  # of the layers, at most
+    layer_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25  # of layers and summands, at most
     extra_share: Share = 0.0  # bytes more than the uniform model's, as a share of all layers'; 0: no more
     wide_bits: Bits = 8
     widen: Literal["inputs", "weights_and_inputs"] = (
