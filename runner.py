@@ -190,6 +190,8 @@ def _write(cell: Cell, outcome: Outcome, config: Config, store: Store, report: R
     if outcome.lost is not None and keep is not None and store.is_done(cell.id):
         view = CellReport(lambda kind, *values: report.told(cell.id, kind, *values))
         outcome.row, outcome.groups, outcome.extra = as_record(cell, keep(cell, outcome.lost, view, config, store))
+    if store.is_done(cell.id):
+        outcome.log["again"] = True
     store.write_cell(outcome.row, outcome.groups, outcome.extra)
     store.unmark(cell.id)  # of a worker that was killed, perhaps on another machine
     if report.log is not None:

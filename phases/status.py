@@ -3,6 +3,7 @@
 Done and failed are what the cells' records say, running what running/ says of processes that are alive, and times are
 those of the log. What is left is an estimate from cells that ended: those of the same data set, model and method, else
 of the same model and method, else of the model, else of the phase. Where no cell of a phase has ended, it is not known.
+Finished cells that lack something, such as another engine, are estimated by those that lacked something.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
                 status["failed"].append({"cell": cell.id, "phase": phase, "error": error, "because_of": because_of})
             if state in ("done", "failed"):
                 continue
-            expected, elapsed = durations.of(cell), 0.0
+            expected, elapsed = durations.of(cell, again=_is_done(cell, store)), 0.0
             if state == "running":
                 told = _told(running[cell.id], now)
                 elapsed = told["seconds"] or 0.0
@@ -136,6 +137,14 @@ def _state(cell: Cell, config: Config, store: Store, running: Mapping[str, Owner
         return "failed", str(error)
 
 
+def _is_done(cell: Cell, store: Store) -> bool:
+    """Whether it only lacks something that is made of its results."""
+    try:
+        return store.is_done(cell.id)
+    except StoreError:
+        return False
+
+
 def _running(store: Store, is_run: bool) -> Iterator[tuple[str, Owner]]:
     """Cells whose worker is alive; on another machine, which cannot be asked, as long as the run is."""
     for cell, owner in store.marked():
@@ -179,11 +188,13 @@ class _Durations:
                 continue
             what = cells[entry["cell"]].identity() if entry["cell"] in cells else _row(entry["cell"], store)
             for key in _likeness(what) if what else ():
-                seconds.setdefault(key, []).append(entry["seconds"])
+                seconds.setdefault((*key, bool(entry.get("again"))), []).append(entry["seconds"])
         self.means = {key: sum(values) / len(values) for key, values in seconds.items()}
 
-    def of(self, cell: Cell) -> float | None:
-        return next((self.means[key] for key in _likeness(cell.identity()) if key in self.means), None)
+    def of(self, cell: Cell, again: bool = False) -> float | None:
+        """Of the whole cell; or of what a finished one lacks."""
+        keys = [(*key, again) for key in _likeness(cell.identity())]
+        return next((self.means[key] for key in keys if key in self.means), None)
 
     def spent(self, phase: str, cells: set[str]) -> float | None:
         """On these cells, all attempts; None where the log has nothing of the phase."""

@@ -96,6 +96,12 @@ def test_the_closest_kin_is_asked(half):
         assert known.of(one) == seconds  # of the closest alone, though each of them is also of the phase
     assert known.of(dataclasses.replace(one, model="resnet18", dataset="utkface")) == (1000 + 100 + 10 + 1) / 4
     assert known.of(dataclasses.replace(one, phase="mitigation")) is None
+    # what a finished cell got that it lacked tells nothing of whole cells, and the other way round
+    assert known.of(one, again=True) is None
+    again = _Durations(
+        [*entries, {**entries[-1], "seconds": 0.1, "again": True}], {"quantization": [*kin.values()]}, store
+    )
+    assert again.of(one) == 1.0 and again.of(one, again=True) == 0.1
 
 
 def test_a_running_cell_and_two_at_a_time(half):
@@ -197,6 +203,20 @@ def test_a_cut_off_model_file_is_something_to_do(half):
         if content is not None:
             store.model_path(name).write_bytes(content)
         assert complete.missing(found, config, store) == what
+
+
+def test_a_finished_cell_that_lacks_its_file_is_expected_to_take_what_such_cells_took(half):
+    store, cell = half
+    config = small_config("deployment.cells=[]", "deployment.export=['*:*:8']", seeds=(0, 1))
+    finished, to_do = cell["resnet50", 0, 8], cell["resnet50", 1, 8]
+    assert store.is_done(finished) and store.record(to_do) is None
+    logged(store, **{cell["mobilenet_v2", 0, 8]: 100.0})
+    RunLog(store).record({"cell": cell["mobilenet_v2", 0, 8], "status": "done", "seconds": 7.0, "again": True})
+    left = study_status(config, store, NOW)["phases"]["quantization"]
+    first = study_status(CONFIG, store, NOW)["phases"]["quantization"]
+    lacking = left["to_do"] - first["to_do"]
+    assert lacking == 2 and left["seconds_left"] == first["seconds_left"] + lacking * 7.0
+    assert first["seconds_left"] == first["to_do"] * 100.0
 
 
 @pytest.mark.parametrize(
