@@ -170,17 +170,18 @@ def _mitigation(config: Config, baseline: Cell) -> list[Cell]:
             for scheme in _schemes(config)
             for settings in _repair_settings(config, section)
             for width in section.bit_widths or config.quantization.bit_widths
-            if not _has_nothing_to_widen(section, parse_width(width)[0])
+            if not _has_nothing_to_widen(section, *parse_width(width))
         ]
     return cells
 
 
-def _has_nothing_to_widen(section: Section, weight_bits: int) -> bool:
-    """Whether a repair that keeps a part of the weights in 8 bits would do nothing at this width."""
+def _has_nothing_to_widen(section: Section, weight_bits: int, activation_bits: int) -> bool:
+    """Whether a repair that keeps a part of the model in 8 bits would do nothing at these widths."""
     if isinstance(section, Started) and section.start != "ptq_static":
         section = STRATEGY_SECTIONS[section.start](**section.start_options)
     if isinstance(section, SensitiveLayers):
-        return weight_bits >= section.wide_bits
+        narrowest = activation_bits if section.widen == "inputs" else min(weight_bits, activation_bits)
+        return narrowest >= section.wide_bits
     return isinstance(section, SensitiveChannels) and weight_bits >= 8
 
 

@@ -155,6 +155,7 @@ def run_cells(
     planned = [cell.id for cell in cells]
     todo = [cell for cell in cells if not (is_complete(cell) if is_complete else store.is_done(cell.id))]
     done = len(cells) - len(todo)
+    finished = {cell.id for cell in todo if store.is_done(cell.id)}  # and lack something
     if report.chosen is not None:
         todo = report.chosen(todo)
     report.start(phase, len(cells), done, len(todo))
@@ -165,6 +166,8 @@ def run_cells(
         compute = prepare(config, store, device, data) if executor.is_here else None
         with contextlib.closing(executor.run(job, compute, todo, report)) as ended:
             for cell, outcome in ended:
+                if cell.id in finished:
+                    outcome.log["again"] = True
                 _write(cell, outcome, config, store, report, keep)
                 report.end(cell.id)
                 seconds = outcome.log["seconds"]
@@ -190,8 +193,6 @@ def _write(cell: Cell, outcome: Outcome, config: Config, store: Store, report: R
     if outcome.lost is not None and keep is not None and store.is_done(cell.id):
         view = CellReport(lambda kind, *values: report.told(cell.id, kind, *values))
         outcome.row, outcome.groups, outcome.extra = as_record(cell, keep(cell, outcome.lost, view, config, store))
-    if store.is_done(cell.id):
-        outcome.log["again"] = True
     store.write_cell(outcome.row, outcome.groups, outcome.extra)
     store.unmark(cell.id)  # of a worker that was killed, perhaps on another machine
     if report.log is not None:

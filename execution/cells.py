@@ -202,7 +202,7 @@ def _forgetting_sources() -> Iterator[None]:
         yield
     finally:
         for name in kept.keys() - before:
-            del kept[name]
+            kept.pop(name, None)
             linecache.cache.pop(name, None)
 
 

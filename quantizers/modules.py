@@ -405,7 +405,7 @@ class QuantizedModel(nn.Module):
         with self.observing({name: _ignore for name, quantizer in quantizers if quantizer not in but}):
             try:
                 for layer in layers:
-                    layer.is_float = layer not in but
+                    layer.is_float = was_float[layer] if layer in but else True
                 yield
             finally:
                 for layer in layers:

@@ -73,8 +73,8 @@ def reconstruct(
     `memory_bytes` of live activations hold, the first ones. `unit` is "block" or "layer"; `drop` the share of the
     activations that are taken as they are in a step. `image_weights` (n,), not negative, or a function that gives those
     of so many of the first images, say how much each image's error counts, in what is learned and in whether it is
-    kept; None: all the same. The same seed gives the same model. If it fails, the pieces that are not done are as they
-    were.
+    kept; None: all the same. The same seed gives the same model, of images that lie in memory in the same way
+    (channels_last or not). If it fails, the pieces that are not done are as they were.
     """
     if unit not in ("block", "layer"):
         raise QuantizationError(f"unknown reconstruction unit {unit!r}; choose from block, layer")

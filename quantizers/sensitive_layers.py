@@ -4,7 +4,8 @@ One layer at a time is quantized alone in the float network, with every width of
 chosen, and every calibration image's drift from the float model is measured (the sensitivity of HAWQ: Dong et al., ICCV
 2019, of each group). An integer program (quantizers.group_allocation) then chooses which layers become wider and which
 narrower, so that the model's file is no larger than before and the worst group has lost least. It takes the layers'
-drifts as if they added up; whether they do is measured on the calibration images once the model is quantized: see
+drifts as if they added up, and knows nothing of the rounding of biases, whose step is that of the input times that of
+the weights; what the choice is worth is measured on the calibration images once the model is quantized: see
 fair_ptq.sensitive_layers.
 
 Measured the other way round, by what a layer's width would give back to a model that is quantized throughout, nothing
@@ -42,6 +43,7 @@ class SensitiveLayers:
     """What is done with each candidate, by name, and a table with a row for each."""
 
     choices: dict[str, int]
+    widen: Widen
     wide_bits: int
     table: pd.DataFrame
 
@@ -51,13 +53,10 @@ class SensitiveLayers:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer with the quantizer that it reads; or a quantizer that no layer reads, such as that of a summand."""
+    """A layer with the quantizer that it reads; or a quantizer alone, whoever reads it."""
 
     layer: QuantizedLayer | None
     source: ActivationQuantizer | None
-
-    def is_narrow(self, wide_bits: int) -> bool:
-        return any(part is not None and part.bits < wide_bits for part in (self.layer, self.source))
 
     def width(self, option: int, wide_bits: int) -> int | None:
         """Bits of the weights, where it has some."""
@@ -68,12 +67,11 @@ class Candidate:
     def bytes_at(self, width: int | None) -> int:
         return 0 if self.layer is None else self.layer.bytes_at(width)
 
-    def options(self, widen: Widen, wide_bits: int) -> list[int]:
+    def options(self, wide_bits: int) -> list[int]:
         """What may be done with it."""
         found = [AS_IT_IS]
-        if self.layer is not None and widen != "inputs":
-            found += [WIDER] if self.layer.bits < wide_bits else []
-            found += [NARROWER] if NARROWEST < self.layer.bits < wide_bits else []
+        if self.layer is not None and self.layer.bits < wide_bits:
+            found += [WIDER, NARROWER] if self.layer.bits > NARROWEST else [WIDER]
         if self.source is not None and self.source.bits < wide_bits:
             found.append(WIDER_INPUT)
         return found
@@ -93,28 +91,30 @@ def choose_sensitive_layers(
     widen: Widen = "inputs",
     progress: ptq.Progress | None = None,
 ) -> SensitiveLayers:
-    """Which layers, at most `layer_share` of them, are to get `wide_bits`: of their inputs alone, which take no bytes,
-    or of weights and inputs, within the bytes that the layers take now and `extra_share` of them more; the others pay
-    with one bit of theirs. Activations that no layer reads, such as summands, are counted and chosen like inputs.
+    """Which activations are to get `wide_bits`, which take no bytes: at most `layer_share` of all that are quantized,
+    the layers' inputs and what else is, such as summands. Or which layers, at most `layer_share` of these and of the
+    activations that no layer reads, are to get them for weights and input, within the bytes that the layers take now
+    and `extra_share` of them more; the others pay with one bit of theirs.
 
-    The model's widths and `statistics`, what its quantizers have seen, are all that is read, and the float parameters;
-    its ranges are set, its weights left alone. What is brought down is the sum of the layers' mean drifts over the
-    worst `worst_share` of the groups; None: of the worst one. QuantizationError where `wide_bits` is no wider than what
-    there is.
+    Of the model are read its widths, `statistics`, what its quantizers have seen, and its float parameters; its ranges
+    are set and its weights rounded to nearest. What is brought down is the sum of the mean drifts over the worst
+    `worst_share` of the groups; None: of the worst one. QuantizationError where `wide_bits` is no wider than what there
+    is.
     """
     check_bits(wide_bits, "wide_bits")
-    every = _candidates(model)
-    candidates = {name: each for name, each in every.items() if each.is_narrow(wide_bits)}
+    every = _candidates(model, widen)
+    candidates = {name: each for name, each in every.items() if each.options(wide_bits) != [AS_IT_IS]}
     if not candidates:
-        raise QuantizationError(f"no layer and no input has fewer than {wide_bits} bits: there is nothing to widen")
+        what = "input" if widen == "inputs" else "layer and no input"
+        raise QuantizationError(f"no {what} has fewer than {wide_bits} bits: there is nothing to widen")
     set_ranges(model, statistics, recipe.observer, recipe.percentile)
     ptq.quantize_weights(model, recipe)
     exact_NK = float_logits(model, grouped.images)
 
     def drifts(candidate: Candidate) -> np.ndarray:
-        """(G,) with this layer quantized, or its input alone, everything else in float."""
-        parts = (candidate.source, candidate.layer if widen != "inputs" else None)
-        with model.as_float(but={part for part in parts if part is not None}):
+        """(G,) with this one quantized, everything else in float."""
+        parts = {part for part in (candidate.source, candidate.layer) if part is not None}
+        with model.as_float(but=parts):
             drift_N = drift(exact_NK, logits_of(model, grouped.images), grouped.labels, metric)
         return grouped.means(drift_N).numpy()
 
@@ -122,7 +122,7 @@ def choose_sensitive_layers(
     costs_GLC = np.full((len(grouped.names), len(candidates), len(options)), np.inf)  # that which cannot be chosen
     bytes_LC = np.zeros((len(candidates), len(options)), dtype=np.int64)
     for place, (name, candidate) in enumerate(candidates.items()):
-        for option in candidate.options(widen, wide_bits):
+        for option in candidate.options(wide_bits):
             bytes_LC[place, option] = candidate.bytes_at(candidate.width(option, wide_bits))
             with _changed(candidate, option, wide_bits, statistics, recipe):
                 costs_GLC[:, place, option] = drifts(candidate)
@@ -144,7 +144,7 @@ def choose_sensitive_layers(
     table = pd.DataFrame(
         {
             "layer": list(candidates),
-            "bits": pd.array(widths[AS_IT_IS], dtype="Int64"),  # of the weights; none of an activation
+            "bits": pd.array(widths[AS_IT_IS], dtype="Int64"),  # of the weights, where they are looked at
             "chosen_bits": pd.array(
                 [widths[choice][place] for place, choice in enumerate(found.choices)], dtype="Int64"
             ),
@@ -155,12 +155,12 @@ def choose_sensitive_layers(
             "bytes": bytes_LC[:, AS_IT_IS],
         }
     )
-    return SensitiveLayers(chosen, wide_bits, table)
+    return SensitiveLayers(chosen, widen, wide_bits, table)
 
 
 def give_widths(model: QuantizedModel, chosen: SensitiveLayers) -> None:
     """The widths that were chosen, in place; ranges have to be set and weights quantized anew."""
-    candidates = _candidates(model)
+    candidates = _candidates(model, chosen.widen)
     for name, option in chosen.choices.items():
         candidate = candidates[name]
         width = candidate.width(option, chosen.wide_bits)
@@ -175,13 +175,22 @@ def as_it_is(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(chosen_bits=table["bits"], choice=CHOICES[AS_IT_IS])
 
 
-def _candidates(model: QuantizedModel) -> dict[str, Candidate]:
-    """Every layer, with the static quantizer that it reads, and every static quantizer that no layer reads."""
-    inputs = {layer: source for source, layer in model.inputs() if isinstance(source, ActivationQuantizer)}
-    found = {name: Candidate(layer, inputs.get(layer)) for name, layer in model.layers().items()}
-    read = set(inputs.values())
+def _candidates(model: QuantizedModel, widen: Widen) -> dict[str, Candidate]:
+    """For inputs every static quantizer, by the names of the layers that read it; for weights too every layer, with the
+    static quantizer that it reads. Quantizers that no layer reads are there either way, by their own names."""
+    readers: dict[ActivationQuantizer, list[QuantizedLayer]] = {}
+    for source, layer in model.inputs():
+        if isinstance(source, ActivationQuantizer) and layer not in readers.setdefault(source, []):
+            readers[source].append(layer)
+    if widen == "inputs":
+        found = {
+            " and ".join(layer.name for layer in layers): Candidate(None, source) for source, layers in readers.items()
+        }
+    else:
+        inputs = {layer: source for source, layers in readers.items() for layer in layers}
+        found = {name: Candidate(layer, inputs.get(layer)) for name, layer in model.layers().items()}
     for name, quantizer in model.activation_quantizers().items():
-        if isinstance(quantizer, ActivationQuantizer) and quantizer not in read:
+        if isinstance(quantizer, ActivationQuantizer) and quantizer not in readers:
             found[f"activation {name}"] = Candidate(None, quantizer)
     return found
 

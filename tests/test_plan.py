@@ -241,6 +241,10 @@ def test_nothing_is_planned_that_has_nothing_to_widen():
         assert {cell.weight_bits for cell in repairs(f"mitigation.strategies=[{entry}]")} == {4}
     wide = "{strategy: distillation, start: sensitive_layers, start_options: {wide_bits: 4}}"
     assert not repairs(f"mitigation.strategies=[{wide}]")
+    for widen, widths in (("inputs", {"W8A4"}), ("weights_and_inputs", {"W8A4", "W4A8"})):  # of W8A8, W8A4 and W4A8
+        entry = f"{{strategy: sensitive_layers, widen: {widen}, bit_widths: [8, W8A4, W4A8]}}"
+        found = repairs(f"mitigation.strategies=[{entry}]")
+        assert {f"W{cell.weight_bits}A{cell.activation_bits}" for cell in found} == widths
 
 
 def test_entries_are_merged_over_their_section():
