@@ -54,7 +54,7 @@ from quantizers import methods, ptq
 from quantizers.mixed_precision import table_of_widths
 from quantizers.modules import QuantizedModel
 from runner import Report
-from store import Store, seed_for, short_hash, write_json
+from store import Store, seed_for, short_hash, write_json, write_text
 
 MODEL = "mobilenet_v2"
 MOST_DROP = 3.0  # points that the best plain PTQ costs the worst group at the setting that is compared at
@@ -77,12 +77,13 @@ PLAIN = {
     "mixed precision, same bytes": ("mixed_precision", {}),
     "mixed precision, reconstruction": ("mixed_precision", RECONSTRUCTION),
 }
-WITHOUT_TRAINING = {
-    # controls, which know of no groups: what more steps give, how much two draws of one method differ, and what no
-    # layer's input loses at the same bytes
+CONTROLS = {  # which know of no groups: what a repair has to be compared with, beside the best plain one
     "longer reconstruction": ("ptq_static", {**RECONSTRUCTION, "reconstruction_iterations": LONGER}),
-    "reconstruction, drawn again": ("ptq_static", {**RECONSTRUCTION, "draw": 1}),
-    "8-bit inputs": ("ptq_static", {**RECONSTRUCTION, "activation_bits": 8}),  # of all layers
+    "reconstruction, drawn again": ("ptq_static", {**RECONSTRUCTION, "draw": 1}),  # how much two draws differ
+    "8-bit inputs": ("ptq_static", {**RECONSTRUCTION, "activation_bits": 8}),  # of all layers, which take no bytes
+    "6-bit inputs": ("ptq_static", {**RECONSTRUCTION, "activation_bits": 6}),  # about as many operations as half in 8
+}
+WITHOUT_TRAINING = {
     "balanced calibration": ("bias_aware_calibration", RECONSTRUCTION),
     "group-weighted observers": ("group_weighted_observers", RECONSTRUCTION),
     "minimax ranges": ("minimax_ranges", RECONSTRUCTION),
@@ -92,7 +93,7 @@ WITHOUT_TRAINING = {
     "sensitive channels, +5 % bytes": ("sensitive_channels", RECONSTRUCTION),
     "sensitive layers": ("sensitive_layers", RECONSTRUCTION),
     "sensitive layers, up to half": ("sensitive_layers", {**RECONSTRUCTION, "layer_share": 0.5}),
-    "sensitive layers, blind to groups": (
+    "sensitive layers, all groups alike": (
         "sensitive_layers",
         {**RECONSTRUCTION, "layer_share": 0.5, "worst_share": 1.0},
     ),
@@ -112,7 +113,7 @@ WITH_TRAINING = {  # from the best that there is without: reconstruction, or the
     "sensitive layers, then distillation": ("distillation", {**RECONSTRUCTION, **HALF}),
 }
 UNGROUPED = ("ptq_static", "mixed_precision", "qat")  # methods that know of no groups
-METHODS = {**PLAIN, **WITHOUT_TRAINING, **WITH_TRAINING}
+METHODS = {**PLAIN, **CONTROLS, **WITHOUT_TRAINING, **WITH_TRAINING}
 
 
 def main() -> None:
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS))
     parser.add_argument("--setting", choices=SETTINGS, help="compare at this one")
-    parser.add_argument("--threads", type=int, default=2, help="of the quantization; the float models have their own")
+    parser.add_argument("--threads", type=int, default=1, help="of the quantization; the float models have their own")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what is printed")
     parser.add_argument("--publish", type=Path, metavar="FOLDER", help="write the predictions behind what is printed")
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="take what is not in RESULTS_DIR from there")
@@ -173,7 +174,7 @@ class Study:
         self.attribute = next(iter(self.dataset.sensitive_names))  # whose groups are repaired
         self.validation, self.test = self.held_out()
         self.loaded: tuple[int, torch.nn.Module] | None = None
-        self.starts = Starts()
+        self.starts = Starts("")
         self.digests: dict[int, str] = {}
 
     def train(self) -> None:
@@ -204,26 +205,47 @@ class Study:
             (cell,) = [cell for cell in plan(self.config)["baseline"] if cell.seed == seed]
             expected = {"model": MODEL, "n_classes": len(self.dataset.class_names), "cell": cell.id}
             load_checkpoint(self.store.checkpoint_path(self.data, MODEL, seed), model, expected)
-            self.starts.kept.clear()
+            self.starts = Starts(f"{self.data} {seed}")
             self.loaded = seed, model.to(memory_format=torch.channels_last).eval()
         return self.loaded[1]
 
     def path(self, seed: int, label: str, setting: str | None) -> Path:
-        """Of a result; its name ends in a hash of the float model and of all that is done with it."""
+        """Of a result; its name ends in a hash of the float model's cell and of all that is done with it."""
         (cell,) = [cell for cell in plan(self.config)["baseline"] if cell.seed == seed]
-        done = [] if setting is None else [*METHODS[label], ITERATIONS[self.data]]
+        done: list = []
+        if setting is not None:
+            method, options, draw, activation_bits = self.asked(label, setting)
+            settings = methods._settings(method, methods.METHODS[method], options)
+            done = [method, settings, draw, activation_bits, CALIBRATION_IMAGES, torch.get_num_threads()]
         if label in WITHOUT_TRAINING or label in WITH_TRAINING:
-            done += [REPAIR_VERSION, self.attribute]
+            done.append(REPAIR_VERSION)
         if label in WITH_TRAINING:
-            done += [TRAINING, TRAINING_VERSION]
-        key = short_hash([cell.id, done, CALIBRATION_IMAGES, EXTRA, QUANTIZATION_VERSION])
+            done.append(TRAINING_VERSION)
+        key = short_hash([cell.id, done, EXTRA, QUANTIZATION_VERSION])
         return self.folder / "mitigation" / f"s{seed}-{label}{f'-{setting}' if setting else ''}-{key}.json"
+
+    def asked(self, label: str, setting: str) -> tuple[str, dict, list[int], int]:
+        """The method, its options, whether its calibration images are drawn anew, and the bits of activations."""
+        method, options = METHODS[label]
+        options = dict(options)
+        draw = [options.pop("draw")] if "draw" in options else []
+        activation_bits = options.pop("activation_bits", int(setting[3]))
+        if method not in UNGROUPED:
+            options["attributes"] = [self.attribute]
+        if options.get("rounding") == "adaround":
+            options.setdefault("reconstruction_iterations", ITERATIONS[self.data])
+        if label in WITH_TRAINING:
+            options |= {**TRAINING, "batch_size": self.config.training.batch_size}
+        return method, options, draw, activation_bits
 
     def measure(self, seed: int, label: str, setting: str | None) -> None:
         path = self.path(seed, label, setting)
         digest = self.digest(seed)
-        if (known := self.result(path)) is not None and known["float_model"] == digest:
+        if (known := self.result(path)) is not None:
+            if known["float_model"] != digest:
+                raise SystemExit(f"{path}: is of another float model: delete it, or take another results folder")
             return
+        self.model(seed)
         start, saved = time.perf_counter(), self.starts.saved
         try:
             model = self.model(seed) if setting is None else self.quantize(seed, label, setting)
@@ -257,8 +279,14 @@ class Study:
         return self.digests[seed]
 
     def result(self, path: Path) -> dict | None:
-        """What was measured, from RESULTS_DIR or from what was published."""
-        return json.loads(path.read_text()) if path.exists() else self.published.get(path.name)
+        """What was measured, from RESULTS_DIR or, of the same float model, from what was published."""
+        if path.exists():
+            return json.loads(path.read_text())
+        found = self.published.get(path.name)
+        seed = int(path.name.removeprefix("diagnosis-").removeprefix("s").split("-")[0])
+        if found is not None and self.store.checkpoint_path(self.data, MODEL, seed).exists():
+            return found if found["float_model"] == self.digest(seed) else None
+        return found
 
     def publish(self, seeds: Sequence[int], setting: str, folder: Path) -> None:
         paths = [
@@ -270,7 +298,7 @@ class Study:
         found = {path.name: result for path in paths if (result := self.result(path)) is not None}
         folder.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(found.items()))
-        (folder / f"{self.data}.json").write_text(f"{{\n{lines}\n}}\n")
+        write_text(folder / f"{self.data}.json", f"{{\n{lines}\n}}\n")
 
     def bit_operations(self, model: torch.nn.Module) -> int | None:
         """Of one image: products x the bits of both factors. None of a float model."""
@@ -281,30 +309,21 @@ class Study:
         return int(table_of_widths(network, batch["image"])["bit_operations"].sum())
 
     def quantize(self, seed: int, label: str, setting: str):
-        method, options = METHODS[label]
-        options = dict(options)
-        drawn = [options.pop("draw")] if "draw" in options else []
+        method, options, draw, activation_bits = self.asked(label, setting)
         split = self.dataset.splits["train"]
-        generator = np.random.default_rng(seed_for("mitigation", self.data, seed, "calibration", *drawn))
+        generator = np.random.default_rng(seed_for("mitigation", self.data, seed, "calibration", *draw))
         start = options.get(
             "start", "ptq_static" if label in WITH_TRAINING or method == "output_calibration" else method
         )
         is_plain = start in ("ptq_static", "mixed_precision", "group_weighted_observers", "threshold_adjustment")
         balance = None if is_plain else [self.attribute]
         positions = np.unique(calibration_subset(split, CALIBRATION_IMAGES, generator, balance=balance))
-        if method not in UNGROUPED:
-            options["attributes"] = [self.attribute]
-        if options.get("rounding") == "adaround":
-            options.setdefault("reconstruction_iterations", ITERATIONS[self.data])
-        train = validation = None
-        if label in WITH_TRAINING:
-            options |= {**TRAINING, "batch_size": self.config.training.batch_size}
-            train = self.training_loader(seed)
+        train = self.training_loader(seed) if label in WITH_TRAINING else None
+        validation = None
         if label in WITH_TRAINING or method == "threshold_adjustment":
             validation = BatchLoader(self.validation[-1], 128, channels_last=True)
         if method not in ("ptq_dynamic", "qat"):
-            options["seed"] = seed_for("mitigation", seed, *drawn)
-        activation_bits = options.pop("activation_bits", int(setting[3]))
+            options["seed"] = seed_for("mitigation", seed, *draw)
         with self.starts.shared():
             return apply_quantization(
                 self.model(seed),
@@ -359,6 +378,7 @@ class Study:
         )
         clipping = tables.clipping.groupby("group", sort=False)["clipping_rate"].mean()
         return {
+            "float_model": self.digest(seed),
             "groups": json.loads(tables.groups.to_json(orient="records")),
             "exemplars": json.loads(tables.exemplars.to_json(orient="records")),
             "clipping": [{"group": group, "clipping_rate": float(rate)} for group, rate in clipping.items()],
@@ -374,15 +394,19 @@ class Study:
         codes = {name: np.concatenate([split.sensitive[name] for split in splits]) for name in attributes}
         return intersect(codes, {name: self.dataset.sensitive_names[name] for name in attributes})
 
+    def check_one_float_model(self, seeds: Sequence[int], setting: str) -> None:
+        """SystemExit where results of different float models would be compared."""
+        for seed in seeds:
+            paths = [self.path(seed, label, None if label == "FP32" else setting) for label in ("FP32", *METHODS)]
+            found = {result["float_model"] for path in paths if (result := self.result(path)) is not None}
+            if len(found) > 1:
+                raise SystemExit(f"{self.data} seed {seed}: results of {len(found)} different float models")
+
     def predictions(self, seeds: Sequence[int], label: str, setting: str | None, part: str) -> np.ndarray | None:
         """(S, N) classes; None where a seed is missing, or was refused."""
         results = [self.result(self.path(seed, label, setting)) for seed in seeds]
         if any(result is None or "refused" in result for result in results):
             return None
-        for seed, result in zip(seeds, results, strict=True):
-            reference = self.result(self.path(seed, "FP32", None))
-            if reference is None or reference["float_model"] != result["float_model"]:
-                return None
         images = len(self.labels(part))
         return np.array([unpack(result[part], images) for result in results])
 
@@ -403,6 +427,7 @@ class Study:
 
     def best_plain(self, seeds, setting: str) -> str:
         """The plain post-training method that costs the worst group of the first attribute least on validation."""
+        self.check_one_float_model(seeds, setting)
         missing = [label for label in PLAIN for seed in seeds if self.result(self.path(seed, label, setting)) is None]
         if missing:
             raise SystemExit(f"{self.data} {setting}: not measured yet: {', '.join(dict.fromkeys(missing))}")
@@ -448,7 +473,8 @@ class Study:
 class Starts:
     """What several methods start from, of one float model: computed once, and its seconds counted in each of them."""
 
-    def __init__(self):
+    def __init__(self, model: str):
+        self.model = model  # which one: its results are not another one's
         self.kept: dict[str, tuple[torch.nn.Module, float]] = {}
         self.saved = 0.0  # seconds
 
@@ -464,7 +490,7 @@ class Starts:
 
     def remembering(self, make: Callable, key_of: Callable) -> Callable:
         def remembered(*arguments, **options):
-            key = f"{make.__name__} {key_of(*arguments, **options)}"
+            key = f"{self.model} {make.__name__} {key_of(*arguments, **options)}"
             if key in self.kept:
                 self.saved += self.kept[key][1]
             else:
@@ -477,13 +503,17 @@ class Starts:
 
 
 def _key_of_plain(model, images, *, progress=None, **options) -> str:
-    return short_hash([hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(), options])
+    return short_hash([_digest_of(images), options])
 
 
 def _key_of_started(model, data, weight_bits, activation_bits, options) -> str:
-    """Of one float model and its calibration images, which are the same for all that is started in the same way."""
     used = {key: options[key] for key in ("start", "start_options", *methods.COMMON_OPTIONS) if key in options}
-    return short_hash([used, weight_bits, activation_bits])
+    images = torch.cat([torch.as_tensor(batch["image"]) for batch in data.calibration])
+    return short_hash([_digest_of(images), used, weight_bits, activation_bits])
+
+
+def _digest_of(images: torch.Tensor) -> str:
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -493,7 +523,7 @@ class Comparison:
     """Everything about one data set, setting and grouping, on test images."""
 
     def __init__(self, study: Study, seeds, setting: str, attributes: Sequence[str]):
-        self.study, self.seeds, self.setting = study, seeds, setting
+        self.study, self.seeds, self.setting, self.attributes = study, seeds, setting, attributes
         self.plain = study.best_plain(seeds, setting)
         self.group, self.validation_drop = study.worst_group(seeds, self.plain, setting, attributes)
         self.codes_N, self.names = study.groups("test", attributes)
@@ -535,6 +565,23 @@ class Comparison:
         gain_B, loss_B = weights_BN @ (after_N - plain_N), weights_BN @ (before_N - plain_N)
         share = 100 * (after_N - plain_N).mean() / (before_N - plain_N).mean()
         return (float(share), *map(float, np.quantile(100 * gain_B / loss_B, [0.025, 0.975])))
+
+    def drop_on_validation(self, label: str) -> float:
+        """Points that the group that this method costs most loses there."""
+        return self.study.worst_group(self.seeds, label, self.setting, self.attributes)[1]
+
+    def worst_of(self, label: str) -> tuple[str, tuple[float, float, float]]:
+        """The group that loses most on test, of those that are large enough there, and by how much; the interval is not
+        corrected for the choice."""
+        change_N = (self.predicted(label) == self.label_N).mean(axis=0) - (self.predicted("FP32") == self.label_N).mean(
+            axis=0
+        )
+        members = {name: self.codes_N == code for code, name in enumerate(self.names)}
+        means = {name: change_N[member].mean() for name, member in members.items() if member.sum() >= LEAST_GROUP}
+        name = min(means, key=means.get)
+        weights_BN = self.weights_BN[:, members[name]]
+        values_B = weights_BN @ change_N[members[name]] / weights_BN.sum(axis=1)
+        return name, (float(100 * means[name]), *map(float, 100 * np.quantile(values_B, [0.025, 0.975])))
 
     def gains(self, label: str) -> list[float]:
         """Of the worst group, label - the best plain method, in points, seed by seed."""
@@ -646,14 +693,16 @@ def figure(comparisons: Sequence[Comparison]) -> Figure:
     found = Figure(figsize=(4.2 * len(comparisons), 5.2), layout="constrained")
     axes = found.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
     labels = [label for label in METHODS if any(c.predicted(label) is not None for c in comparisons)]
-    colours = {id(PLAIN): "#555555", id(WITHOUT_TRAINING): "#0072B2", id(WITH_TRAINING): "#D55E00"}
+    colours = {
+        id(PLAIN): "#555555", id(CONTROLS): "#CC79A7", id(WITHOUT_TRAINING): "#0072B2", id(WITH_TRAINING): "#D55E00"
+    }  # fmt: skip
     for axis, comparison in zip(axes, comparisons, strict=True):
         edge = 2.0 * comparison.difference(comparison.plain, "FP32")[0]  # what is worse is written there
         for place, label in enumerate(labels):
             if comparison.predicted(label) is None:
                 continue
             value, low, high = comparison.difference(label, "FP32")
-            kind = next(methods for methods in (PLAIN, WITHOUT_TRAINING, WITH_TRAINING) if label in methods)
+            kind = next(kind for kind in (PLAIN, CONTROLS, WITHOUT_TRAINING, WITH_TRAINING) if label in kind)
             if value < edge:
                 axis.annotate(
                     f"◂ {value:.0f}", (edge, place), color=colours[id(kind)], fontsize=8, va="center", ha="left"
@@ -675,7 +724,11 @@ def figure(comparisons: Sequence[Comparison]) -> Figure:
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", linewidth=0.3)
     axes[0].set_ylim(len(labels) - 0.4, -0.6)
-    found.suptitle("plain (grey; dashed: the best), without training (blue), with short training (orange)", fontsize=8)
+    found.suptitle(
+        "plain (grey; dashed: the best), controls that know of no groups (pink), repairs without training (blue), with "
+        "short training (orange)",
+        fontsize=8,
+    )
     return found
 
 
@@ -710,7 +763,7 @@ def verdicts(comparison: Comparison) -> list[str]:
     """What the comparison was made to find out."""
     plain = comparison.plain
     loss = comparison.difference("FP32", plain)
-    measured = [label for label in (*WITHOUT_TRAINING, *WITH_TRAINING) if comparison.predicted(label) is not None]
+    measured = [label for label in METHODS if label not in PLAIN and comparison.predicted(label) is not None]
     shown = [comparison.detectable(label, plain) for label in measured]
     lines = []
     if shown:
@@ -718,7 +771,19 @@ def verdicts(comparison: Comparison) -> list[str]:
             f"true differences to {plain} that the group's {int(comparison.member_N.sum())} images show with a power "
             f"of 80 %: {np.median(shown):.1f} points for the median repair ({min(shown):.1f} to {max(shown):.1f})"
         )
-    for kind, labels in (("without training", WITHOUT_TRAINING), ("with short training", WITH_TRAINING)):
+    kinds = {"control": CONTROLS, "without training": WITHOUT_TRAINING, "with short training": WITH_TRAINING}
+    for kind, labels in kinds.items():
+        known = [label for label in labels if label in measured]
+        if known and labels is not CONTROLS:
+            chosen = min(known, key=comparison.drop_on_validation)
+            gain, rest = comparison.difference(chosen, plain), comparison.difference(chosen, "FP32")
+            share = comparison.share(chosen)
+            group, lost = comparison.worst_of(chosen)
+            lines.append(
+                f"{kind}, chosen on validation: {chosen}: {_interval(gain)} points, {share[0]:.0f} % [{share[1]:.0f}, "
+                f"{share[2]:.0f}] of the loss; against FP32 {_interval(rest)}; its own worst group on test is {group}, "
+                f"{_interval(lost)}"
+            )
         for label in labels:
             if comparison.predicted(label) is None:
                 continue
@@ -738,12 +803,19 @@ def verdicts(comparison: Comparison) -> list[str]:
 
 
 def pack(classes_N: np.ndarray) -> str:
-    """Predictions of two classes, a bit each, in base64."""
-    return base64.b64encode(np.packbits(classes_N.astype(bool))).decode()
+    """Predictions of two classes: how many, and a bit each in base64."""
+    if classes_N.size and not set(np.unique(classes_N)) <= {0, 1}:
+        raise ValueError(f"two classes are packed, not {sorted(set(classes_N.tolist()))}")
+    return f"{len(classes_N)} {base64.b64encode(np.packbits(classes_N.astype(bool))).decode()}"
 
 
 def unpack(text: str, images: int) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=images).astype(np.int64)
+    """ValueError where they are of another number of images."""
+    count, bits = text.split()
+    packed = np.frombuffer(base64.b64decode(bits), dtype=np.uint8)
+    if int(count) != images or len(packed) != -(-images // 8):
+        raise ValueError(f"predictions of {count} images, {len(packed)} bytes, where there are {images} images")
+    return np.unpackbits(packed, count=images).astype(np.int64)
 
 
 def _as_json(value):

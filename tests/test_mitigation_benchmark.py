@@ -39,6 +39,7 @@ def study(benchmark, tmp_path):
     class Made(benchmark.Study):
         def __init__(self):
             self.data, self.attribute, self.published = "synthetic", "skin", {}
+            self.store = SimpleNamespace(checkpoint_path=lambda *_: tmp_path / "none")
             self.dataset = SimpleNamespace(sensitive_names={"skin": ["a", "b"]})
             self.validation, self.test = [part], [part]
 
@@ -106,7 +107,9 @@ def test_plain_methods_that_are_missing_are_named_and_refused_ones_left_out(benc
     study.path(1, "mixed precision, same bytes", SETTING).unlink()
     with pytest.raises(SystemExit, match="not measured yet: mixed precision, same bytes"):
         study.best_plain((0, 1), SETTING)
-    study.path(1, "mixed precision, same bytes", SETTING).write_text('{"refused": "no model is as small"}')
+    study.path(1, "mixed precision, same bytes", SETTING).write_text(
+        '{"refused": "no model is as small", "float_model": "of seed 1"}'
+    )
     assert study.best_plain((0, 1), SETTING) == "PTQ, reconstruction"
     assert study.predictions((0, 1), "mixed precision, same bytes", SETTING, "test") is None
 
@@ -127,15 +130,31 @@ def test_results_of_another_float_model_are_not_compared(benchmark, study):
     path = study.path(1, "PTQ, reconstruction", SETTING)
     other = json.loads(path.read_text()) | {"float_model": "trained elsewhere"}
     path.write_text(json.dumps(other))
-    assert study.predictions((0, 1), "PTQ, reconstruction", SETTING, "test") is None
-    assert study.predictions((0,), "PTQ, reconstruction", SETTING, "test") is not None
-    assert benchmark.Comparison(study, (0, 1), SETTING, ["skin"]).plain != "PTQ, reconstruction"
+    with pytest.raises(SystemExit, match="seed 1: results of 2 different float models"):
+        benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    benchmark.Comparison(study, (0,), SETTING, ["skin"])
+
+
+def test_the_repair_that_is_told_of_first_is_chosen_on_validation(benchmark, study):
+    study.write("minimax ranges", {"validation": (390, 390), "test": (330, 370)})
+    study.write("output calibration", {"validation": (390, 370), "test": (400, 400)})  # better on test, by chance
+    study.write("8-bit inputs", {"validation": (400, 400), "test": (400, 400)})  # a control, which is no repair
+    comparison = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    (told,) = [line for line in benchmark.verdicts(comparison) if "chosen on validation" in line]
+    assert told.startswith("without training, chosen on validation: minimax ranges: +2.5 [")
+    assert "25 % [" in told and "its own worst group on test is a, -17.5 [" in told
+    assert any(line.startswith("8-bit inputs (control): recovers 100 %") for line in benchmark.verdicts(comparison))
 
 
 @pytest.mark.parametrize("images", [1, 7, 8, 801])
 def test_packed_predictions_are_the_predictions(benchmark, images):
     classes_N = np.random.default_rng(images).integers(0, 2, images)
-    assert (benchmark.unpack(benchmark.pack(classes_N), images) == classes_N).all()
+    packed = benchmark.pack(classes_N)
+    assert (benchmark.unpack(packed, images) == classes_N).all()
+    with pytest.raises(ValueError, match=f"where there are {images + 1} images"):
+        benchmark.unpack(packed, images + 1)
+    with pytest.raises(ValueError, match="two classes"):
+        benchmark.pack(classes_N + 2)
 
 
 def test_what_methods_start_from_is_computed_once_and_is_what_each_would_have_computed(benchmark, monkeypatch):
@@ -160,7 +179,7 @@ def test_what_methods_start_from_is_computed_once_and_is_what_each_would_have_co
     monkeypatch.setattr(
         reconstruction, "reconstruct", lambda *a, **k: (computed.append(1), time.sleep(0.05), reconstruct(*a, **k))[-1]
     )
-    starts = benchmark.Starts()
+    starts = benchmark.Starts("one")
     with starts.shared():
         together = all_of_them()
     assert len(computed) == 2 and 0.2 < starts.saved < 20  # a width each; used again twice each
