@@ -1,33 +1,38 @@
 """A dry cluster: a study on 64 Ray CPUs whose cells sleep for their predicted time, scaled down, instead of working.
 
-    pip install ray
+    pip install -r requirements-ray.txt
     python benchmarks/dry_cluster.py [--workers 64] [--minutes 1.5] [--config FILE] [--set KEY=VALUE …]
 
-Checks the prediction of benchmarks/cost_model.py, which is arithmetic, against a real scheduler: the same cells in the
-same order, phase after phase, handed to Ray, which places them as it likes. Durations are scaled so that the predicted
-time is `--minutes`. Sleeping needs no processor, so a small machine can play a large cluster; what it cannot hide is
-what starting 64 processes costs it, so they are started before the clock runs, and what Ray needs for each task is
-measured with empty tasks and printed.
-
-`OnRay` is all that knows of Ray: another executor takes its place with a function of the same form.
+Checks the prediction of benchmarks/cost_model.py, which is arithmetic, against the program's own executor: the same
+cells in the same order, phase after phase, handed to execution.ray_executor with another computation. Durations are
+scaled so that the predicted time is `--minutes`. Sleeping needs no processor, so a small machine can play a large
+cluster; what it cannot hide is what starting 64 processes that import PyTorch costs it, so they are started before the
+clock runs, and what a cell costs beside its work is measured with empty ones and printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.cost_model import OUTPUT, CostModel, speedups, tasks_of
 from benchmarks.schedule import Task, critical_path, schedule
-from config import load_config
+from config import Config, dump_config, load_config
+from execution.cells import CellResult, Compute, Job, Outcome
+from execution.ray_executor import Ray
+from plan import Cell
+from store import Store, write_json
 
-Run = Callable[[Sequence[float]], None]  # runs sleeps of so many seconds in this order, as many at a time as there are
-# workers; returns when all are over
+DURATIONS = "durations.json"  # in the results folder: seconds of each cell
+WARM_UP = 3.0  # seconds
 
 
 def main() -> None:
@@ -39,18 +44,18 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--gpu-speedup", nargs="+", default=[], metavar="[MODEL=]NUMBER")
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.set)
+    own = ["run.executor=ray", f"run.jobs={arguments.workers}", "run.threads_per_cell=1"]
+    config = load_config(arguments.config, [*arguments.set, *own])
     model = CostModel.read(arguments.model)
     costs = model.cells(config)
     tasks = tasks_of(costs, speedups(arguments.gpu_speedup), model.analysis(config, len(costs)))
     predicted = schedule(tasks, arguments.workers).makespan
     scale = 60 * arguments.minutes / predicted
-    with OnRay(arguments.workers) as run:
-        start = time.perf_counter()
-        run([0.0] * 4 * arguments.workers)
-        overhead = (time.perf_counter() - start) / 4
-        print(f"{arguments.workers} workers; Ray needs {overhead:.2f} s for a round of empty tasks", flush=True)
-        measured = dry_run(tasks, scale, run)
+    with dry_cluster(config, arguments.workers) as cluster:
+        empty = cluster.made_up(4 * arguments.workers, 0.0)
+        overhead = (cluster.seconds_of(empty) - cluster.seconds_of(empty[:1])) / 4
+        print(f"{arguments.workers} workers; a round of empty cells takes {overhead:.2f} s", flush=True)
+        measured = dry_run([cell for cell, _ in costs], tasks, scale, cluster)
     path, _ = critical_path(tasks)
     print(
         f"{len(tasks)} tasks, {sum(task.seconds for task in tasks) / 3600:.1f} hours of work, one hour as "
@@ -60,44 +65,85 @@ def main() -> None:
     )
 
 
-def dry_run(tasks: Sequence[Task], scale: float, run: Run) -> float:
-    """Seconds that the phases take one after the other."""
+def dry_run(cells: Sequence[Cell], tasks: Sequence[Task], scale: float, cluster: DryCluster) -> float:
+    """Seconds that the phases take one after the other; what is no cell, the analysis, is done by this program."""
+    by_name = {cell.id: cell for cell in cells}
     start = time.perf_counter()
     for phase in sorted({task.phase for task in tasks}):
-        run([task.seconds * scale for task in tasks if task.phase == phase])
+        seconds = {task.name: task.seconds * scale for task in tasks if task.phase == phase}
+        cluster.seconds_of([(by_name[name], value) for name, value in seconds.items() if name in by_name])
+        time.sleep(sum(value for name, value in seconds.items() if name not in by_name))
     return time.perf_counter() - start
 
 
-class OnRay:
-    """A local Ray cluster with so many CPUs, whose worker processes all run; yields a Run."""
+def prepare(config: Config, store: Store, device: str, data: object) -> Compute:
+    """In a worker: a cell's computation is its sleep."""
+    seconds: Mapping[str, float] = json.loads((store.root / DURATIONS).read_text())
 
-    def __init__(self, workers: int):
-        self.workers = workers
+    def compute(cell: Cell, report: object) -> CellResult:
+        time.sleep(seconds[cell.id])
+        return CellResult({}, [])
 
-    def __enter__(self) -> Run:
-        import ray
+    return compute
 
-        ray.init(num_cpus=self.workers, include_dashboard=False, log_to_driver=False, logging_level="error")
 
-        @ray.remote(num_cpus=1)
-        def sleep(seconds: float) -> int:
-            import os
+class DryCluster:
+    """The program's executor on a local Ray with so many CPUs."""
 
-            time.sleep(seconds)
-            return os.getpid()
+    def __init__(self, config: Config, store: Store):
+        self.config, self.store = config, store
+        self.executor = Ray(config, "cpu")
+        self.runs = 0
 
+    def run(self, cells: Sequence[tuple[Cell, float]]) -> list[Outcome]:
+        """What becomes of cells that take so many seconds, in this order."""
+        write_json(self.store.root / DURATIONS, {cell.id: seconds for cell, seconds in cells})
+        self.runs += 1
+        job = Job(prepare, self.config, str(self.store.root), "cpu", f"dry-{self.runs}")
+        return [outcome for _, outcome in self.executor.run(job, None, [cell for cell, _ in cells], Silent())]
+
+    def seconds_of(self, cells: Sequence[tuple[Cell, float]]) -> float:
         start = time.perf_counter()
-        while True:  # until each CPU has a process: a free one would be used twice
-            seen = set(ray.get([sleep.remote(3.0) for _ in range(self.workers)]))
-            if len(seen) == self.workers:
-                break
-        print(f"{len(seen)} worker processes run after {time.perf_counter() - start:.0f} s", flush=True)
-        return lambda durations: ray.get([sleep.remote(seconds) for seconds in durations])
+        failed = [outcome.row["error"] for outcome in self.run(cells) if outcome.row["status"] != "done"]
+        if failed:
+            raise SystemExit(f"{len(failed)} of {len(cells)} cells failed: {failed[0]}")
+        return time.perf_counter() - start
 
-    def __exit__(self, *error) -> None:
-        import ray
+    @staticmethod
+    def made_up(count: int, seconds: float) -> list[tuple[Cell, float]]:
+        return [(Cell(f"made-up-{n}", "baseline", "none", "none", 0, "fp32"), seconds) for n in range(count)]
 
-        ray.shutdown()
+
+class Silent:
+    """A report that nobody reads; a lost worker ends the measurement."""
+
+    def begin(self, cell: str) -> None:
+        pass
+
+    def told(self, cell: str, kind: str, *values: object) -> None:
+        pass
+
+    def lost(self, cell: str, why: str) -> None:
+        raise SystemExit(f"{cell}: {why}")
+
+
+@contextlib.contextmanager
+def dry_cluster(config: Config, workers: int) -> Iterator[DryCluster]:
+    """Once each CPU has a process: a free one would be used twice."""
+    with tempfile.TemporaryDirectory(prefix="dry-cluster-") as folder:
+        store = Store(Path(folder))
+        store.prepare(dump_config(config))
+        cluster = DryCluster(config, store)
+        try:
+            start = time.perf_counter()
+            while True:
+                outcomes = cluster.run(cluster.made_up(workers, WARM_UP))
+                if len({outcome.log["worker"] for outcome in outcomes}) == workers:
+                    break
+            print(f"{workers} worker processes run after {time.perf_counter() - start:.0f} s", flush=True)
+            yield cluster
+        finally:
+            cluster.executor.close()
 
 
 if __name__ == "__main__":

@@ -158,6 +158,8 @@ def main() -> None:
             comparisons.append(show(study, seeds, setting))
         if arguments.publish is not None:
             study.publish(seeds, setting, arguments.publish)
+    if len(comparisons) > 1:
+        side_by_side(comparisons)
     if arguments.figure is not None and comparisons:
         figure(comparisons).savefig(arguments.figure, dpi=150)
 
@@ -650,6 +652,39 @@ def show(study: Study, seeds, setting: str) -> Comparison:
     return shown[0]
 
 
+def side_by_side(comparisons: Sequence[Comparison]) -> None:
+    """Print a row a method with what its worst group gains and loses in each data set."""
+    heads = [f"{c.study.data} {c.setting}: against FP32 | against {c.plain} | bit operations" for c in comparisons]
+    print(f"| method | {' | '.join(heads)} |\n|---|{'---|' * 3 * len(comparisons)}")
+    for label in METHODS:
+        cells = []
+        for comparison in comparisons:
+            if comparison.predicted(label) is None:
+                cells += ["not measured", "", ""]
+                continue
+            is_plain = label == comparison.plain
+            cells += [
+                _interval(comparison.difference(label, "FP32")),
+                "" if is_plain else _interval(comparison.difference(label, comparison.plain)),
+                _operations(comparison, label),
+            ]
+        if set(cells) != {"not measured", ""}:
+            print(f"| {label} | {' | '.join(cells)} |")
+    print()
+
+
+def _operations(comparison: Comparison, label: str) -> str:
+    """Bit operations of one image, as a share of the uniform model's."""
+
+    def mean(name: str) -> float | None:
+        setting = None if name == "FP32" else comparison.setting
+        found = [comparison.study.result(comparison.study.path(s, name, setting)) for s in comparison.seeds]
+        operations = [result["bit_operations"] for result in found]
+        return None if None in operations else float(np.mean(operations))
+
+    return "" if mean(label) is None else f"{100 * mean(label) / mean('PTQ'):.0f} %"
+
+
 def show_diagnosis(study: Study, seeds, label: str, setting: str, attribute: str, found: list[dict]) -> None:
     """A row a group, means over the seeds; "->" is from the float model to the quantized one."""
     codes_N, names = study.groups("test", [attribute])
@@ -749,11 +784,9 @@ def _row(comparison: Comparison, study: Study, seeds, label: str) -> str:
             _, low, high = comparison.gap_difference(label, comparison.plain, metric)
             text += f" ({low:+.1f} to {high:+.1f})"
         cells.append(text)
-    uniform = study.result(study.path(seeds[0], "PTQ", comparison.setting))["bit_operations"]
-    operations = [result["bit_operations"] for result in results]
     cells += [
         f"{np.mean([result['size_mb'] for result in results]):.2f}",
-        "" if None in operations else f"{100 * np.mean(operations) / uniform:.0f} %",
+        _operations(comparison, label),
         f"{np.mean([result['seconds'] for result in results]):.0f}",
     ]
     return "| " + " | ".join(cells) + " |"

@@ -187,3 +187,16 @@ def test_what_methods_start_from_is_computed_once_and_is_what_each_would_have_co
     before = len(computed)
     all_of_them()
     assert len(computed) == before + 6  # nothing is kept afterwards
+
+
+def test_side_by_side_a_row_a_method_and_nothing_of_what_was_not_measured(benchmark, study, capsys):
+    study.write("output calibration", {"validation": (390, 380), "test": (300, 390)})
+    comparison = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    benchmark.side_by_side([comparison, comparison])
+    head, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert head.count("synthetic W2A2: against FP32 | against PTQ, reconstruction | bit operations") == 2
+    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in rows}
+    assert list(cells) == [*benchmark.PLAIN, "output calibration"]
+    assert cells["PTQ, reconstruction"][1] == "" and cells["PTQ, reconstruction"][2] == "100 %"
+    assert cells["output calibration"][0].startswith("-2.5 [") and cells["output calibration"][1].startswith("+7.5 [")
+    assert cells["output calibration"][:3] == cells["output calibration"][3:]
