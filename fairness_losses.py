@@ -11,6 +11,7 @@ Shapes: N images, K classes, G groups. A model with a single logit has two class
 from __future__ import annotations
 
 import collections
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,8 +213,17 @@ def _range(sum_GK: torch.Tensor, n_GK: torch.Tensor) -> tuple[torch.Tensor, torc
 CONSTRAINTS = ("equalized_odds", "demographic_parity")
 
 
+class FairnessWarning(UserWarning):
+    """Something that a training goes on with, though it may not do what was meant."""
+
+
+LEAST_IN_BATCH = 4  # images of a group, and class, on average, whose soft rate says something
+
+
 class FairnessPenalty:
-    """Cross entropy + `weight` x the soft gap of the batch: `constraint` is one of CONSTRAINTS."""
+    """Cross entropy + `weight` x the soft gap of the batch: `constraint` is one of CONSTRAINTS.
+
+    A FairnessWarning, once, where batches are so small that the gap between the groups of one is mostly chance."""
 
     def __init__(self, groups: Groups, constraint: str, weight: float, label_smoothing: float = 0.0):
         if constraint not in CONSTRAINTS:
@@ -222,14 +232,30 @@ class FairnessPenalty:
             raise ValueError(f"weight must not be negative, it is {weight}")
         self.groups, self.constraint, self.weight = groups, constraint, weight
         self.label_smoothing = label_smoothing
+        self._is_checked = False
 
     def __call__(self, logits_NK: torch.Tensor, batch: Any) -> torch.Tensor:
         groups_N, n_groups = self.groups.codes(batch), len(self.groups)
+        if not self._is_checked:
+            self._check(*logits_NK.shape)
         if self.constraint == "demographic_parity":
             gap = soft_demographic_parity(logits_NK, groups_N, n_groups)
         else:
             gap = soft_equalized_odds(logits_NK, torch.as_tensor(batch["label"]), groups_N, n_groups)
         return _cross_entropy(logits_NK, batch, self.label_smoothing).mean() + self.weight * gap
+
+    def _check(self, images: int, classes: int) -> None:
+        self._is_checked = True
+        is_by_class = self.constraint != "demographic_parity"
+        share = images / len(self.groups) / (classes if is_by_class else 1)
+        if share < LEAST_IN_BATCH:
+            warnings.warn(
+                f"fairness_finetuning: of the {len(self.groups)} groups a batch of {images} images has about "
+                f"{share:.1f} images each{' and class' if is_by_class else ''}: the {self.constraint} gap of so few is "
+                "mostly chance; raise batch_size, or give fewer attributes",
+                FairnessWarning,
+                stacklevel=3,
+            )
 
 
 class _WorstGroup:

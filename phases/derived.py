@@ -15,6 +15,7 @@ from torch import nn
 from config import Config
 from datasets import BatchLoader, FaceDataset, calibration_subset
 from evaluation import predict
+from fairness_losses import FairnessWarning
 from models import checkpoint_description, checkpoint_matches
 from phases import cross_evaluate, deploy, diagnose
 from phases.baseline import (
@@ -55,6 +56,7 @@ def run(phase: str, config: Config, store: Store, report: Report, device: str) -
 
 
 # tables of a repair that its cell's record has
+SAID = (QuantizationWarning, FairnessWarning)  # warnings that are lines of the report
 REPORTS = ("group_drift", "sensitive_layers", "sensitive_layers_groups", "sensitive_channels", "output_calibration")
 
 
@@ -91,7 +93,8 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     if cell.method == "mixed_precision":
         options["sensitivity"] = inputs.sensitivities.load(cell, dataset.fingerprint)
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", QuantizationWarning)
+        for category in SAID:
+            warnings.simplefilter("always", category)
         quantized = apply_quantization(
             model,
             cell.strategy or cell.method,
@@ -104,7 +107,7 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
             **options,
         )
     for warning in said:
-        if issubclass(warning.category, QuantizationWarning):
+        if issubclass(warning.category, SAID):
             report.detail(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

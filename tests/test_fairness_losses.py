@@ -3,6 +3,7 @@ worst group; and the batches in which every group has an equal share."""
 
 import logging
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from fairness_losses import (
     BUFFER_BATCHES,
     CONSTRAINTS,
     FairnessPenalty,
+    FairnessWarning,
     GroupBalancedLoader,
     GroupDistillation,
     GroupDRO,
@@ -202,6 +204,25 @@ def test_the_penalty_is_cross_entropy_plus_the_weighted_gap():
     assert loss(logits, batch).item() == pytest.approx(smooth + 0.6)
     with pytest.raises(ValueError, match="unknown constraint 'parity'; choose from equalized_odds, demographic_parity"):
         FairnessPenalty(two_groups(), "parity", 1.0)
+
+
+@pytest.mark.parametrize(("constraint", "few"), [("equalized_odds", 14), ("demographic_parity", 6)])
+def test_batches_of_too_few_images_of_a_group_are_said_once(constraint, few):
+    """Two groups, two classes: less than 4 images of each part on average."""
+
+    def said(images: int) -> list[str]:
+        batch = batch_of([i % 2 for i in range(images)], [i // 2 % 2 for i in range(images)])
+        loss = FairnessPenalty(two_groups(), constraint, 1.0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                loss(logits_of([0.5] * images), batch)
+        return [str(warning.message) for warning in caught if issubclass(warning.category, FairnessWarning)]
+
+    (told,) = said(few)
+    part = "3.5 images each and class" if constraint == "equalized_odds" else "3.0 images each"
+    assert f"of the 2 groups a batch of {few} images has about {part}: the {constraint} gap" in told
+    assert said(few + 2) == []
 
 
 def test_descending_the_penalty_closes_the_gap():
