@@ -152,6 +152,7 @@ def sensitive_layers(
     sensitivity_samples: int = 256,
     layer_share: float = 0.25,
     extra_share: float = 0.0,
+    extra_operations: float | None = None,
     wide_bits: int = MAX_BITS,
     metric: Drift = "kl",
     worst_share: float | None = None,
@@ -178,6 +179,7 @@ def sensitive_layers(
         wide_bits=wide_bits,
         layer_share=layer_share,
         extra_share=extra_share,
+        extra_operations=extra_operations,
         metric=metric,
         worst_share=worst_share,
         widen=widen,
@@ -193,7 +195,7 @@ def sensitive_layers(
 
     before_G = after_G = finished(uniform)
     is_kept = False
-    if not chosen.is_uniform():
+    if not chosen.is_uniform:
         give_widths(wide, chosen)
         wide_G = finished(wide)
         share = 1 / len(grouped.names) if worst_share is None else worst_share

@@ -355,7 +355,15 @@ METHODS: dict[str, Method] = {
             {"metric": "drift_metric"}
             | {
                 key: key
-                for key in ("sensitivity_samples", "layer_share", "extra_share", "wide_bits", "widen", "worst_share")
+                for key in (
+                    "sensitivity_samples",
+                    "layer_share",
+                    "extra_share",
+                    "extra_operations",
+                    "wide_bits",
+                    "widen",
+                    "worst_share",
+                )
             },
         ),
     ),

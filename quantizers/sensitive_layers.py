@@ -29,51 +29,47 @@ from quantizers.group_allocation import allocate_for_groups
 from quantizers.groups import Drift, GroupedImages, drift, float_logits, logits_of
 from quantizers.modules import ActivationQuantizer, QuantizedLayer, QuantizedModel
 from quantizers.numerics import QuantizationError, check_bits
+from quantizers.sensitivity import measure_activations, multiply_accumulates
 
 NARROWEST = 2
-AS_IT_IS, WIDER, NARROWER, WIDER_INPUT = 0, 1, 2, 3  # what can be done with a layer
+AS_IT_IS = "as it is"
 
 Widen = Literal["inputs", "weights_and_inputs"]
-
-CHOICES = {AS_IT_IS: "as it is", WIDER: "wider", NARROWER: "narrower", WIDER_INPUT: "wider input"}
+Widths = tuple[int | None, int | None]  # of the weights and of what is read, where there are any
 
 
 @dataclass(frozen=True)
 class SensitiveLayers:
-    """What is done with each candidate, by name, and a table with a row for each."""
+    """The widths of each candidate, by name, and a table with a row for each."""
 
-    choices: dict[str, int]
+    widths: dict[str, Widths]
     widen: Widen
-    wide_bits: int
+    is_uniform: bool
     table: pd.DataFrame
-
-    def is_uniform(self) -> bool:
-        return all(choice == AS_IT_IS for choice in self.choices.values())
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer with the quantizer that it reads; or a quantizer alone, whoever reads it."""
+    """A layer with the quantizer that it reads; or a quantizer alone, and the layers that read it."""
 
     layer: QuantizedLayer | None
     source: ActivationQuantizer | None
+    readers: tuple[QuantizedLayer, ...] = ()
 
-    def width(self, option: int, wide_bits: int) -> int | None:
-        """Bits of the weights, where it has some."""
-        if self.layer is None:
-            return None
-        return {WIDER: wide_bits, NARROWER: self.layer.bits - 1}.get(option, self.layer.bits)
+    def now(self) -> Widths:
+        return None if self.layer is None else self.layer.bits, None if self.source is None else self.source.bits
 
-    def bytes_at(self, width: int | None) -> int:
-        return 0 if self.layer is None else self.layer.bytes_at(width)
-
-    def options(self, wide_bits: int) -> list[int]:
-        """What may be done with it."""
-        found = [AS_IT_IS]
-        if self.layer is not None and self.layer.bits < wide_bits:
-            found += [WIDER, NARROWER] if self.layer.bits > NARROWEST else [WIDER]
-        if self.source is not None and self.source.bits < wide_bits:
-            found.append(WIDER_INPUT)
+    def options(self, wide_bits: int, is_gradual: bool) -> list[Widths]:
+        """What widths it may have, first those that it has; between them and `wide_bits` those that lie between too,
+        where the choice is gradual."""
+        weights, read = self.now()
+        found = [(weights, read)]
+        if read is not None and read < wide_bits:
+            wider = range(read + 1, wide_bits + 1) if is_gradual else (wide_bits,)
+            found += [(weights, bits) for bits in wider]
+        if weights is not None and weights < wide_bits:
+            found.append((wide_bits, None if read is None else max(read, wide_bits)))
+            found += [(weights - 1, read)] if weights > NARROWEST else []
         return found
 
 
@@ -86,93 +82,77 @@ def choose_sensitive_layers(
     wide_bits: int = 8,
     layer_share: float = 0.25,
     extra_share: float = 0.0,
+    extra_operations: float | None = None,
     metric: Drift = "kl",
     worst_share: float | None = None,
     widen: Widen = "inputs",
     progress: ptq.Progress | None = None,
 ) -> SensitiveLayers:
     """Which activations are to get `wide_bits`, which take no bytes: at most `layer_share` of all that are quantized,
-    the layers' inputs and what else is, such as summands. Or which layers, at most `layer_share` of these and of the
-    activations that no layer reads, are to get them for weights and input, within the bytes that the layers take now
-    and `extra_share` of them more; the others pay with one bit of theirs.
+    the layers' inputs and what else is, such as summands. With `extra_operations` every one may get any width up to
+    `wide_bits`, as long as the bit operations of an image grow by no more than that share.
+
+    Or which layers, at most `layer_share` of these and of the activations that no layer reads, are to get them for
+    weights and input, within the bytes that the layers take now and `extra_share` of them more; the others pay with one
+    bit of theirs.
 
     Of the model are read its widths, `statistics`, what its quantizers have seen, and its float parameters; its ranges
     are set and its weights rounded to nearest. What is brought down is the sum of the mean drifts over the worst
     `worst_share` of the groups; None: of the worst one. QuantizationError where `wide_bits` is no wider than what there
-    is.
+    is, or for `extra_operations` of weights.
     """
     check_bits(wide_bits, "wide_bits")
+    if extra_operations is not None and widen != "inputs":
+        raise QuantizationError("extra_operations is for inputs: leave it out, or set widen: inputs")
+    is_gradual = extra_operations is not None
     every = _candidates(model, widen)
-    candidates = {name: each for name, each in every.items() if each.options(wide_bits) != [AS_IT_IS]}
+    candidates = {name: each for name, each in every.items() if len(each.options(wide_bits, is_gradual)) > 1}
     if not candidates:
         what = "input" if widen == "inputs" else "layer and no input"
         raise QuantizationError(f"no {what} has fewer than {wide_bits} bits: there is nothing to widen")
     set_ranges(model, statistics, recipe.observer, recipe.percentile)
     ptq.quantize_weights(model, recipe)
-    exact_NK = float_logits(model, grouped.images)
-
-    def drifts(candidate: Candidate) -> np.ndarray:
-        """(G,) with this one quantized, everything else in float."""
-        parts = {part for part in (candidate.source, candidate.layer) if part is not None}
-        with model.as_float(but=parts):
-            drift_N = drift(exact_NK, logits_of(model, grouped.images), grouped.labels, metric)
-        return grouped.means(drift_N).numpy()
-
-    options = (AS_IT_IS, WIDER, NARROWER, WIDER_INPUT)
-    costs_GLC = np.full((len(grouped.names), len(candidates), len(options)), np.inf)  # that which cannot be chosen
-    bytes_LC = np.zeros((len(candidates), len(options)), dtype=np.int64)
+    options = {name: each.options(wide_bits, is_gradual) for name, each in candidates.items()}
+    measure = _drifts_of_inputs if widen == "inputs" else _drifts_of_layers
+    costs_GLC = measure(model, candidates, options, statistics, grouped, recipe, metric, progress)
+    uses_LC = np.zeros(costs_GLC.shape[1:], dtype=np.int64)  # bytes, or bit operations
+    marked_LC = np.zeros(costs_GLC.shape[1:], dtype=bool)
+    macs = multiply_accumulates(model, grouped.images) if is_gradual else {}
     for place, (name, candidate) in enumerate(candidates.items()):
-        for option in candidate.options(wide_bits):
-            bytes_LC[place, option] = candidate.bytes_at(candidate.width(option, wide_bits))
-            with _changed(candidate, option, wide_bits, statistics, recipe):
-                costs_GLC[:, place, option] = drifts(candidate)
-        if progress is not None:
-            progress(f"sensitivity of {name}", (place + 1) / len(candidates))
-    share = 1 / len(grouped.names) if worst_share is None else worst_share
+        for option, (weights, read) in enumerate(options[name]):
+            marked_LC[place, option] = read is not None and read > candidate.source.bits
+            if is_gradual:
+                uses_LC[place, option] = sum(macs[layer.name] * layer.bits * read for layer in candidate.readers)
+            elif candidate.layer is not None:
+                uses_LC[place, option] = candidate.layer.bytes_at(weights)
+                marked_LC[place, option] |= weights > candidate.layer.bits
     found = allocate_for_groups(
         costs_GLC,
-        bytes_LC,
-        size_budget=int(bytes_LC[:, AS_IT_IS].sum() * (1 + extra_share)),
-        share=share,
-        marked_LC=np.array([[option in (WIDER, WIDER_INPUT) for option in options]] * len(candidates)),
-        most_marked=int(layer_share * len(candidates)),
+        uses_LC,
+        size_budget=int(uses_LC[:, 0].sum() * (1 + (extra_operations if is_gradual else extra_share))),
+        share=1 / len(grouped.names) if worst_share is None else worst_share,
+        marked_LC=None if is_gradual else marked_LC,
+        most_marked=None if is_gradual else int(layer_share * len(candidates)),
     )
-    gains_GLC = np.where(np.isfinite(costs_GLC), costs_GLC[:, :, :1] - costs_GLC, np.nan)  # NaN: not to be had
-    worst = int(costs_GLC[:, :, AS_IT_IS].sum(axis=1).argmax())
-    chosen = dict(zip(candidates, found.choices, strict=True))
-    widths = {option: [each.width(option, wide_bits) for each in candidates.values()] for option in options}
-    table = pd.DataFrame(
-        {
-            "layer": list(candidates),
-            "bits": pd.array(widths[AS_IT_IS], dtype="Int64"),  # of the weights, where they are looked at
-            "chosen_bits": pd.array(
-                [widths[choice][place] for place, choice in enumerate(found.choices)], dtype="Int64"
-            ),
-            "gain_worst_group": gains_GLC[worst, :, WIDER],
-            "gain_mean": gains_GLC[:, :, WIDER].mean(axis=0),
-            "gain_worst_group_input": gains_GLC[worst, :, WIDER_INPUT],
-            "choice": [CHOICES[choice] for choice in found.choices],
-            "bytes": bytes_LC[:, AS_IT_IS],
-        }
-    )
-    return SensitiveLayers(chosen, widen, wide_bits, table)
+    widths = {name: options[name][choice] for name, choice in zip(candidates, found.choices, strict=True)}
+    is_uniform = all(choice == 0 for choice in found.choices)
+    return SensitiveLayers(widths, widen, is_uniform, _table(candidates, options, widths, costs_GLC, wide_bits))
 
 
 def give_widths(model: QuantizedModel, chosen: SensitiveLayers) -> None:
     """The widths that were chosen, in place; ranges have to be set and weights quantized anew."""
     candidates = _candidates(model, chosen.widen)
-    for name, option in chosen.choices.items():
+    for name, (weights, read) in chosen.widths.items():
         candidate = candidates[name]
-        width = candidate.width(option, chosen.wide_bits)
-        if candidate.layer is not None and width != candidate.layer.bits:
-            candidate.layer.set_bits(width)
-        if option in (WIDER, WIDER_INPUT) and candidate.source is not None:
-            candidate.source.set_bits(max(candidate.source.bits, chosen.wide_bits))
+        if candidate.layer is not None and weights != candidate.layer.bits:
+            candidate.layer.set_bits(weights)
+        if candidate.source is not None and read > candidate.source.bits:
+            candidate.source.set_bits(read)
 
 
 def as_it_is(table: pd.DataFrame) -> pd.DataFrame:
     """The table of choices that were not kept."""
-    return table.assign(chosen_bits=table["bits"], choice=CHOICES[AS_IT_IS])
+    return table.assign(chosen_bits=table["bits"], chosen_input_bits=table["input_bits"], choice=AS_IT_IS)
 
 
 def _candidates(model: QuantizedModel, widen: Widen) -> dict[str, Candidate]:
@@ -184,7 +164,8 @@ def _candidates(model: QuantizedModel, widen: Widen) -> dict[str, Candidate]:
             readers[source].append(layer)
     if widen == "inputs":
         found = {
-            " and ".join(layer.name for layer in layers): Candidate(None, source) for source, layers in readers.items()
+            " and ".join(layer.name for layer in layers): Candidate(None, source, tuple(layers))
+            for source, layers in readers.items()
         }
     else:
         inputs = {layer: source for source, layers in readers.items() for layer in layers}
@@ -195,29 +176,112 @@ def _candidates(model: QuantizedModel, widen: Widen) -> dict[str, Candidate]:
     return found
 
 
+# -------------------------------------------------------------------------------------------------------- what it costs
+
+
+def _drifts_of_inputs(model, candidates, options, statistics, grouped, recipe, metric, progress) -> np.ndarray:
+    """(G, L, C) mean drift with one activation quantized to each of its options, everything else in float; infinite
+    where a candidate has fewer options."""
+    exact_NK = float_logits(model, grouped.images)
+    widths = sorted({read for widths in options.values() for _, read in widths})
+
+    def calibrate(quantizer: ActivationQuantizer) -> None:
+        seen = statistics[quantizer.name]
+        quantizer.set_range(*seen.range(recipe.observer, quantizer.bits, recipe.percentile, quantizer.is_symmetric))
+
+    drift_LWN = measure_activations(
+        model,
+        grouped.images,
+        {name: candidate.source for name, candidate in candidates.items()},
+        widths,
+        calibrate,
+        lambda logits_NK, part: drift(exact_NK[part], logits_NK, grouped.labels[part], metric),
+        progress=progress,
+    )
+    costs_GLC = np.full((len(grouped.names), len(candidates), max(map(len, options.values()))), np.inf)
+    for place, name in enumerate(candidates):
+        for option, (_, read) in enumerate(options[name]):
+            costs_GLC[:, place, option] = grouped.means(drift_LWN[place, widths.index(read)]).numpy()
+    return costs_GLC
+
+
+def _drifts_of_layers(model, candidates, options, statistics, grouped, recipe, metric, progress) -> np.ndarray:
+    """The same with one layer quantized, its weights and what it reads."""
+    exact_NK = float_logits(model, grouped.images)
+    costs_GLC = np.full((len(grouped.names), len(candidates), max(map(len, options.values()))), np.inf)
+    for place, (name, candidate) in enumerate(candidates.items()):
+        parts = {part for part in (candidate.source, candidate.layer) if part is not None}
+        for option, widths in enumerate(options[name]):
+            with _changed(candidate, widths, statistics, recipe), model.as_float(but=parts):
+                drift_N = drift(exact_NK, logits_of(model, grouped.images), grouped.labels, metric)
+            costs_GLC[:, place, option] = grouped.means(drift_N).numpy()
+        if progress is not None:
+            progress(f"sensitivity of {name}", (place + 1) / len(candidates))
+    return costs_GLC
+
+
 @contextlib.contextmanager
-def _changed(
-    candidate: Candidate, option: int, wide_bits: int, statistics: Statistics, recipe: ptq.Recipe
-) -> Iterator[None]:
+def _changed(candidate: Candidate, widths: Widths, statistics: Statistics, recipe: ptq.Recipe) -> Iterator[None]:
     """Meanwhile the weights have another width, and what is read too where that becomes wider."""
     layer, source = candidate.layer, candidate.source
-    bits, width = candidate.width(AS_IT_IS, wide_bits), candidate.width(option, wide_bits)
-    weights = None if layer is None else (layer.weight_integer.clone(), layer.weight_scale.clone())
-    widens = option in (WIDER, WIDER_INPUT) and source is not None and source.bits < wide_bits
-    before = (source.bits, source.scale.clone(), source.zero_point.clone()) if widens else None
+    (weights, read), (bits, narrow) = widths, candidate.now()
+    kept = None if layer is None else (layer.weight_integer.clone(), layer.weight_scale.clone())
+    before = None if source is None or read == narrow else (source.scale.clone(), source.zero_point.clone())
     try:
-        if width != bits:
-            layer.set_bits(width)
+        if weights != bits:
+            layer.set_bits(weights)
             layer.quantize_weights(recipe.weight_scales().scales)
-        if widens:
-            source.set_bits(wide_bits)
+        if before is not None:
+            source.set_bits(read)
             seen = statistics[source.name]
-            source.set_range(*seen.range(recipe.observer, wide_bits, recipe.percentile, source.is_symmetric))
+            source.set_range(*seen.range(recipe.observer, read, recipe.percentile, source.is_symmetric))
         yield
     finally:
-        if width != bits:
+        if weights != bits:
             layer.set_bits(bits)
-            layer.set_weights(*weights)
+            layer.set_weights(*kept)
         if before is not None:
-            source.set_bits(before[0])
-            source.set_parameters(before[1], before[2])
+            source.set_bits(narrow)
+            source.set_parameters(*before)
+
+
+def _table(
+    candidates: dict[str, Candidate],
+    options: dict[str, list[Widths]],
+    widths: dict[str, Widths],
+    costs_GLC: np.ndarray,
+    wide_bits: int,
+) -> pd.DataFrame:
+    """A row for each candidate; gains, of `wide_bits` over what there is, are of the group that all of them together
+    cost most. NaN: not to be had."""
+    worst = int(costs_GLC[:, :, 0].sum(axis=1).argmax())
+    rows = []
+    for place, (name, candidate) in enumerate(candidates.items()):
+        now = candidate.now()
+        of = {option: costs_GLC[:, place, choice] for choice, option in enumerate(options[name])}
+        wider = next((cost_G for (weights, _), cost_G in of.items() if now[0] is not None and weights > now[0]), None)
+        wider_input = of.get((now[0], wide_bits)) if now[1] != wide_bits else None
+        rows.append(
+            {
+                "layer": name,
+                "bits": now[0],
+                "chosen_bits": widths[name][0],
+                "input_bits": now[1],
+                "chosen_input_bits": widths[name][1],
+                "gain_worst_group": np.nan if wider is None else (of[now] - wider)[worst],
+                "gain_mean": np.nan if wider is None else (of[now] - wider).mean(),
+                "gain_worst_group_input": np.nan if wider_input is None else (of[now] - wider_input)[worst],
+                "choice": _choice(now, widths[name]),
+                "bytes": 0 if candidate.layer is None else candidate.layer.bytes_at(now[0]),
+            }
+        )
+    whole = ("bits", "chosen_bits", "input_bits", "chosen_input_bits")
+    return pd.DataFrame(rows).astype(dict.fromkeys(whole, "Int64"))
+
+
+def _choice(now: Widths, then: Widths) -> str:
+    if then == now:
+        return AS_IT_IS
+    if then[0] == now[0]:
+        return "wider input"
+    return "wider" if then[0] > now[0] else "narrower"

@@ -1,5 +1,5 @@
 """Sensitivity of a network to the width of each layer alone: what its output loses when one layer's weights go to b
-bits and everything else stays in float.
+bits and everything else stays in float. And to the width of each activation alone.
 
 The images pass once through the float network, node by node. At each layer the network is what it was up to here, so
 only the layer and what comes after it are run again, once for all the widths: these go through the rest of the network
@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn import functional as F
 
 from evaluation import device_of, eval_mode
 from quantizers.execution import WALK_MEMORY, Values, image_of, images_within, last_uses, run_node
-from quantizers.modules import TRANSPOSED, QuantizedLayer, QuantizedModel
+from quantizers.modules import TRANSPOSED, ActivationQuantizer, QuantizedLayer, QuantizedModel
 from quantizers.numerics import HALF_BITS, MAX_BITS, QuantizationError, dequantize_weight, quantize_weight
 from quantizers.observers import WeightObserver
 
@@ -147,6 +147,98 @@ def multiply_accumulates(model: QuantizedModel, images: torch.Tensor) -> dict[st
         for hook in hooks:
             hook.remove()
     return counts
+
+
+@torch.no_grad()
+def measure_activations(
+    model: QuantizedModel,
+    images: torch.Tensor,
+    quantizers: Mapping[str, ActivationQuantizer],
+    widths: Sequence[int],
+    calibrate: Callable[[ActivationQuantizer], None],
+    score: Callable[[torch.Tensor, slice], torch.Tensor],
+    *,
+    batch_size: int = 64,
+    memory_bytes: int = WALK_MEMORY,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """(Q, W, N) float64: of each of `quantizers`, alone in the float network at each of `widths`, what `score` gives.
+
+    `calibrate` sets the range of a quantizer whose width has just been set; `score` gets logits (N, K) of those images
+    (N, 3, H, W) that the slice says, and gives a number (N,) for each. The float parameters must not be forgotten. The
+    model is left as it was.
+    """
+    network = model.network
+    nodes = list(network.graph.nodes) if isinstance(network, fx.GraphModule) else []
+    modules = dict(network.named_modules())
+    places: dict[nn.Module, list[fx.Node]] = {}
+    for node in nodes:
+        if node.op == "call_module":
+            places.setdefault(modules[node.target], []).append(node)
+    # where a quantizer is called once the network up to there is run once; else all of it for each width
+    names = {places[q][0]: name for name, q in quantizers.items() if len(places.get(q, ())) == 1}
+    moving, freed = _depends_on_images(nodes) if nodes else set(), last_uses(nodes)
+    found = torch.zeros(len(quantizers), len(widths), len(images), dtype=torch.float64)
+    order = {name: place for place, name in enumerate(quantizers)}
+    device = device_of(model)
+    with eval_mode(model):
+        with model.as_float():
+            at_once = images_within(network, images.to(device), memory_bytes) if nodes else batch_size
+        size = max(1, min(batch_size, at_once // (len(widths) + 1)))
+        for start in range(0, len(images), size):
+            part = slice(start, min(start + size, len(images)))
+            batch = images[part].to(device)
+            values: Values = {}
+            with model.as_float():
+                for place, node in enumerate(nodes):
+                    if node in names:
+                        name = names[node]
+                        (source,) = node.all_input_nodes
+                        outputs = [_at_width(quantizers[name], bits, calibrate, values[source]) for bits in widths]
+                        stacked = _run_stacked(network, nodes[place:], values, node, outputs, moving)
+                        for width, logits_NK in enumerate(stacked):
+                            found[order[name], width, part] = score(logits_NK.float().cpu(), part)
+                        if progress is not None:
+                            done = (order[name] + 1) / len(order)
+                            progress(f"sensitivity of {name}", (start + done * len(batch)) / len(images))
+                    values[node] = batch if node is image_of(nodes) else run_node(network, node, values)
+                    for source in freed[node]:
+                        del values[source]
+            for name, quantizer in quantizers.items():
+                if name in names.values():
+                    continue
+                for width, bits in enumerate(widths):
+                    with _width(quantizer, bits, calibrate), model.as_float(but=[quantizer]):
+                        found[order[name], width, part] = score(model(batch).float().cpu(), part)
+    return found
+
+
+@contextlib.contextmanager
+def _width(
+    quantizer: ActivationQuantizer, bits: int, calibrate: Callable[[ActivationQuantizer], None]
+) -> Iterator[None]:
+    """Meanwhile the quantizer has this width."""
+    before = (quantizer.bits, quantizer.scale.clone(), quantizer.zero_point.clone())
+    try:
+        quantizer.set_bits(bits)
+        calibrate(quantizer)
+        yield
+    finally:
+        quantizer.set_bits(before[0])
+        quantizer.set_parameters(*before[1:])
+
+
+def _at_width(
+    quantizer: ActivationQuantizer, bits: int, calibrate: Callable[[ActivationQuantizer], None], x: torch.Tensor
+) -> torch.Tensor:
+    """What the quantizer gives for x, though it is observed."""
+    observer = quantizer.observer
+    try:
+        quantizer.observer = None
+        with _width(quantizer, bits, calibrate):
+            return quantizer(x)
+    finally:
+        quantizer.observer = observer
 
 
 Candidate = tuple[torch.Tensor, torch.Tensor | None]  # weights of one width, integers with their scale or floats

@@ -102,6 +102,7 @@ class SensitiveLayers(PTQRepair):
     sensitivity_samples: PositiveInt = 256  # calibration images that it is measured on
     layer_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25  # of layers and summands, at most
     extra_share: Share = 0.0  # bytes more than the uniform model's, as a share of all layers'; 0: no more
+    extra_operations: Annotated[float, Field(gt=0.0)] | None = None  # bit operations that inputs of any width may add
     wide_bits: Bits = 8
     widen: Literal["inputs", "weights_and_inputs"] = (
         "inputs"  # inputs take no bytes; for weights other layers pay a bit

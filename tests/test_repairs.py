@@ -13,11 +13,11 @@ from torch import nn
 from quantization import QuantizationError, apply_quantization
 from quantizers import fair_ptq, ptq
 from quantizers.groups import GroupedImages, drift, float_logits, logits_of
-from quantizers.mixed_precision import choose_widths, mixed_precision
+from quantizers.mixed_precision import choose_widths, mixed_precision, table_of_widths
 from quantizers.modules import ActivationQuantizer, QuantizedModel
 from quantizers.numerics import QuantizationWarning
 from quantizers.reconstruction import reconstruct
-from quantizers.sensitivity import Sensitivity
+from quantizers.sensitivity import Sensitivity, multiply_accumulates
 
 BITS = {"weight_bits": 3, "activation_bits": 3}
 FOUR = {"weight_bits": 4, "activation_bits": 4}
@@ -400,6 +400,102 @@ class SharedInput(nn.Module):
     def forward(self, x):
         x = torch.relu(self.stem(x))
         return self.head(torch.relu(self.main(x) + self.down(x)).mean((2, 3)))
+
+
+def operations_of(quantized: QuantizedModel, images: torch.Tensor) -> int:
+    return int(table_of_widths(quantized, images)["bit_operations"].sum())
+
+
+@pytest.mark.parametrize("extra", [0.25, 1.0])
+def test_any_width_within_so_many_bit_operations(model, extra):
+    """The choice is no worse than every input one bit wider, where that takes as many operations."""
+    images = grouped(60, 20)
+    plain = ptq.ptq_static(model, images.images, **FOUR)
+    fair = fair_ptq.sensitive_layers(model, images, extra_operations=extra, layer_share=0.01, **FOUR)
+    assert fair.description["sensitive_layers_kept"]
+    allowed = (1 + extra) * operations_of(plain, images.images)
+    used = operations_of(fair, images.images)
+    assert 0.9 * allowed < used <= allowed  # and not, for one, every input at 8 bits, which is allowed with 1.0 alone
+    assert sum(layer.weight_bytes() for layer in fair.layers().values()) == sum(
+        layer.weight_bytes() for layer in plain.layers().values()
+    )
+    table = fair.reports["sensitive_layers"].set_index("layer")
+    sources = sources_of(fair)
+    assert all(sources[name].bits == bits for name, bits in table["chosen_input_bits"].items())
+    assert drifts(model, fair, images).max() < drifts(model, plain, images).max()
+    if extra == 0.25:
+        assert not set(table["chosen_input_bits"]) <= {4, 8}
+        everything = fair_ptq.sensitive_layers(model, images, extra_operations=1.0, **FOUR)
+        assert set(everything.reports["sensitive_layers"]["chosen_input_bits"]) == {8}
+
+
+def test_the_choice_of_widths_is_the_best_of_all(model):
+    """Of a small network, by trying all: the worst group's sum of what each input costs alone."""
+    torch.manual_seed(0)
+    small, images = SharedInput().eval(), grouped(40, 20)
+    bits = {"weight_bits": 4, "activation_bits": 3}
+    fair = fair_ptq.sensitive_layers(small, images, extra_operations=0.6, wide_bits=5, **bits)
+    plain = ptq.ptq_static(small, images.images, keep_float=True, **bits)
+    exact = small(images.images).detach()
+    table = fair.reports["sensitive_layers"].set_index("layer")
+    macs = multiply_accumulates(plain, images.images)
+    names = list(table.index)
+    readers = {name: [] if name.startswith("activation") else name.split(" and ") for name in names}
+    costs = {}
+    for width in (3, 4, 5):
+        other = ptq.ptq_static(small, images.images, keep_float=True, weight_bits=4, activation_bits=width)
+        for name, source in sources_of(other).items():
+            with other.as_float(but=[source]):
+                costs[name, width] = images.means(drift(exact, logits_of(other, images.images), images.labels))
+
+    def uses(widths: tuple[int, ...]) -> int:
+        return sum(4 * bits * macs[layer] for name, bits in zip(names, widths, strict=True) for layer in readers[name])
+
+    def left(widths: tuple[int, ...]) -> float:
+        return float(sum(costs[name, bits] for name, bits in zip(names, widths, strict=True)).max())
+
+    budget = 1.6 * uses((3,) * len(names))
+    best = min((w for w in itertools.product((3, 4, 5), repeat=len(names)) if uses(w) <= budget), key=left)
+    chosen = tuple(int(bits) for bits in table["chosen_input_bits"])
+    assert uses(chosen) <= budget and left(chosen) == pytest.approx(left(best), rel=1e-3)
+    assert left(chosen) < left((4,) * len(names)) or chosen == (4,) * len(names)
+
+
+class Untraceable(nn.Module):
+    """What is in `inner` depends on the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 8, 3), Branching(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.inner(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.conv(x) if float(x.sum()) > 0 else x
+
+
+@pytest.mark.filterwarnings("ignore::quantizers.numerics.QuantizationWarning")
+def test_inputs_inside_what_cannot_be_traced_are_candidates_too():
+    torch.manual_seed(0)
+    images = grouped(40, 20)
+    fair = fair_ptq.sensitive_layers(Untraceable().eval(), images, layer_share=1.0, **FOUR)
+    table = fair.reports["sensitive_layers"].set_index("layer")
+    assert table.loc["inner.conv", "gain_worst_group_input"] > 0
+    assert table.loc["inner.conv", "choice"] == "wider input" and sources_of(fair)["inner.conv"].bits == 8
+
+
+def test_operations_are_not_counted_for_weights(model):
+    with pytest.raises(QuantizationError, match="extra_operations is for inputs"):
+        fair_ptq.sensitive_layers(
+            model, grouped(), extra_operations=0.5, widen="weights_and_inputs", weight_bits=4, activation_bits=4
+        )
 
 
 def test_what_two_layers_read_is_one_candidate():
