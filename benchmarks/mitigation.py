@@ -68,7 +68,8 @@ LEAST_GROUP = 50  # validation images of a group that may be the worst one
 ITERATIONS = {"fairface": 100, "synthetic": 300}  # optimizer steps a block
 LONGER = 300  # the default of the configuration, which gives no more on FairFace: see "longer reconstruction"
 RECONSTRUCTION = {"rounding": "adaround"}
-HALF = {"start": "sensitive_layers", "start_options": {"layer_share": 0.5}}
+TWICE = {"extra_operations": 1.0}
+START = {"start": "sensitive_layers", "start_options": TWICE}
 HESSIAN_IMAGES = 128  # of each group
 PLAIN = {
     "PTQ": ("ptq_static", {}),
@@ -81,7 +82,7 @@ CONTROLS = {  # which know of no groups: what a repair has to be compared with, 
     "longer reconstruction": ("ptq_static", {**RECONSTRUCTION, "reconstruction_iterations": LONGER}),
     "reconstruction, drawn again": ("ptq_static", {**RECONSTRUCTION, "draw": 1}),  # how much two draws differ
     "8-bit inputs": ("ptq_static", {**RECONSTRUCTION, "activation_bits": 8}),  # of all layers, which take no bytes
-    "6-bit inputs": ("ptq_static", {**RECONSTRUCTION, "activation_bits": 6}),  # about as many operations as half in 8
+    "inputs of twice the bits": ("ptq_static", {**RECONSTRUCTION, "activation_bits": "twice"}),  # all of them
 }
 WITHOUT_TRAINING = {
     "balanced calibration": ("bias_aware_calibration", RECONSTRUCTION),
@@ -93,10 +94,8 @@ WITHOUT_TRAINING = {
     "sensitive channels, +5 % bytes": ("sensitive_channels", RECONSTRUCTION),
     "sensitive layers": ("sensitive_layers", RECONSTRUCTION),
     "sensitive layers, up to half": ("sensitive_layers", {**RECONSTRUCTION, "layer_share": 0.5}),
-    "sensitive layers, all groups alike": (
-        "sensitive_layers",
-        {**RECONSTRUCTION, "layer_share": 0.5, "worst_share": 1.0},
-    ),
+    "input widths, twice the operations": ("sensitive_layers", {**RECONSTRUCTION, **TWICE}),
+    "input widths, all groups alike": ("sensitive_layers", {**RECONSTRUCTION, **TWICE, "worst_share": 1.0}),
     "fair mixed precision": ("fair_mixed_precision", RECONSTRUCTION),
     "output calibration": ("output_calibration", RECONSTRUCTION),
     "thresholds of groups": ("threshold_adjustment", RECONSTRUCTION),
@@ -109,8 +108,8 @@ WITH_TRAINING = {  # from the best that there is without: reconstruction, or the
     "group DRO": ("group_dro", RECONSTRUCTION),
     "distillation": ("distillation", RECONSTRUCTION),
     "distillation, all groups alike": ("distillation", {**RECONSTRUCTION, "step_size": 1e-9}),  # a control
-    "sensitive layers, then group DRO": ("group_dro", {**RECONSTRUCTION, **HALF}),
-    "sensitive layers, then distillation": ("distillation", {**RECONSTRUCTION, **HALF}),
+    "input widths, then group DRO": ("group_dro", {**RECONSTRUCTION, **START}),
+    "input widths, then distillation": ("distillation", {**RECONSTRUCTION, **START}),
 }
 UNGROUPED = ("ptq_static", "mixed_precision", "qat")  # methods that know of no groups
 METHODS = {**PLAIN, **CONTROLS, **WITHOUT_TRAINING, **WITH_TRAINING}
@@ -232,6 +231,8 @@ class Study:
         options = dict(options)
         draw = [options.pop("draw")] if "draw" in options else []
         activation_bits = options.pop("activation_bits", int(setting[3]))
+        if activation_bits == "twice":
+            activation_bits = 2 * int(setting[3])
         if method not in UNGROUPED:
             options["attributes"] = [self.attribute]
         if options.get("rounding") == "adaround":
