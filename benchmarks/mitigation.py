@@ -25,6 +25,7 @@ import argparse
 import base64
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import sys
@@ -50,7 +51,7 @@ from models import build_model, load_checkpoint
 from phases import baseline
 from plan import QUANTIZATION_VERSION, REPAIR_VERSION, TRAINING_VERSION, plan
 from quantization import QuantizationError, apply_quantization
-from quantizers import methods, ptq
+from quantizers import methods
 from quantizers.mixed_precision import table_of_widths
 from quantizers.modules import QuantizedModel
 from runner import Report
@@ -70,6 +71,7 @@ LONGER = 300  # the default of the configuration, which gives no more on FairFac
 RECONSTRUCTION = {"rounding": "adaround"}
 TWICE = {"extra_operations": 1.0}
 START = {"start": "sensitive_layers", "start_options": TWICE}
+STARTS = ("ptq_static", "sensitive_layers")  # methods that others start from
 HESSIAN_IMAGES = 128  # of each group
 PLAIN = {
     "PTQ": ("ptq_static", {}),
@@ -483,36 +485,27 @@ class Starts:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        plain, started = ptq.ptq_static, methods._started
-        ptq.ptq_static = self.remembering(plain, _key_of_plain)
-        methods._started = self.remembering(started, _key_of_started)
+        before = {name: methods.METHODS[name] for name in STARTS}
+        for name, entry in before.items():
+            methods.METHODS[name] = dataclasses.replace(entry, apply=self.remembering(name, entry.apply))
         try:
             yield
         finally:
-            ptq.ptq_static, methods._started = plain, started
+            methods.METHODS.update(before)
 
-    def remembering(self, make: Callable, key_of: Callable) -> Callable:
-        def remembered(*arguments, **options):
-            key = f"{self.model} {make.__name__} {key_of(*arguments, **options)}"
+    def remembering(self, name: str, apply: Callable) -> Callable:
+        def remembered(model, data, weight_bits, activation_bits, settings):
+            images = torch.cat([torch.as_tensor(batch["image"]) for batch in data.calibration])
+            key = short_hash([self.model, name, _digest_of(images), weight_bits, activation_bits, settings])
             if key in self.kept:
                 self.saved += self.kept[key][1]
             else:
                 start, saved = time.perf_counter(), self.saved
-                made = make(*arguments, **options)
+                made = apply(model, data, weight_bits, activation_bits, settings)
                 self.kept[key] = (made, time.perf_counter() - start + self.saved - saved)
             return copy.deepcopy(self.kept[key][0])
 
         return remembered
-
-
-def _key_of_plain(model, images, *, progress=None, **options) -> str:
-    return short_hash([_digest_of(images), options])
-
-
-def _key_of_started(model, data, weight_bits, activation_bits, options) -> str:
-    used = {key: options[key] for key in ("start", "start_options", *methods.COMMON_OPTIONS) if key in options}
-    images = torch.cat([torch.as_tensor(batch["image"]) for batch in data.calibration])
-    return short_hash([_digest_of(images), used, weight_bits, activation_bits])
 
 
 def _digest_of(images: torch.Tensor) -> str:
