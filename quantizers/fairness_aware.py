@@ -65,6 +65,7 @@ LADDER: tuple[Rung, ...] = (  # from the cheapest to the dearest; those that tra
     ("ptq_static", {"rounding": "adaround"}),
     ("output_calibration", {"rounding": "adaround"}),
     ("fair_reconstruction", {}),
+    ("sensitive_layers", {"rounding": "adaround", "extra_operations": 1.0}),
     ("qat", {}),
     ("balanced_finetuning", {"rounding": "adaround"}),
     ("group_dro", {"rounding": "adaround"}),

@@ -102,12 +102,20 @@ class SensitiveLayers(PTQRepair):
     sensitivity_samples: PositiveInt = 256  # calibration images that it is measured on
     layer_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25  # of layers and summands, at most
     extra_share: Share = 0.0  # bytes more than the uniform model's, as a share of all layers'; 0: no more
-    extra_operations: Annotated[float, Field(gt=0.0)] | None = None  # bit operations that inputs of any width may add
     wide_bits: Bits = 8
     widen: Literal["inputs", "weights_and_inputs"] = (
         "inputs"  # inputs take no bytes; for weights other layers pay a bit
     )
+    # how many more bit operations inputs of any width may take, as a share; then layer_share does not apply
+    extra_operations: Annotated[float, Field(gt=0.0)] | None = None
     worst_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # of the groups whose mean counts; None: worst
+
+    @pydantic.field_validator("extra_operations")
+    @classmethod
+    def _of_inputs(cls, value, info):
+        if value is not None and info.data.get("widen") == "weights_and_inputs":
+            raise ValueError("is for inputs: leave it out, or set widen: inputs")
+        return value
 
 
 class FairMixedPrecision(MixedPrecision):

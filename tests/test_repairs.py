@@ -492,6 +492,11 @@ def test_inputs_inside_what_cannot_be_traced_are_candidates_too():
 
 
 def test_operations_are_not_counted_for_weights(model):
+    loader, options = loader_of(grouped()), {"extra_operations": 0.5, "calibration_samples": 16}
+    with pytest.raises(QuantizationError, match="option extra_operations: .* is for inputs"):
+        apply_quantization(model, "sensitive_layers", 4, loader, widen="weights_and_inputs", **options)
+    public = apply_quantization(model, "sensitive_layers", 4, loader, **options)
+    assert {int(bits) for bits in public.reports["sensitive_layers"]["chosen_input_bits"]} > {4}
     with pytest.raises(QuantizationError, match="extra_operations is for inputs"):
         fair_ptq.sensitive_layers(
             model, grouped(), extra_operations=0.5, widen="weights_and_inputs", weight_bits=4, activation_bits=4
