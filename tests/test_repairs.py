@@ -493,7 +493,7 @@ def test_inputs_inside_what_cannot_be_traced_are_candidates_too():
 
 def test_operations_are_not_counted_for_weights(model):
     loader, options = loader_of(grouped()), {"extra_operations": 0.5, "calibration_samples": 16}
-    with pytest.raises(QuantizationError, match="option extra_operations: .* is for inputs"):
+    with pytest.raises(QuantizationError, match=r"option extra_operations: .* is for inputs"):
         apply_quantization(model, "sensitive_layers", 4, loader, widen="weights_and_inputs", **options)
     public = apply_quantization(model, "sensitive_layers", 4, loader, **options)
     assert {int(bits) for bits in public.reports["sensitive_layers"]["chosen_input_bits"]} > {4}
