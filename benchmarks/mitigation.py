@@ -85,6 +85,10 @@ CONTROLS = {  # which know of no groups: what a repair has to be compared with, 
     "reconstruction, drawn again": ("ptq_static", {**RECONSTRUCTION, "draw": 1}),  # how much two draws differ
     "8-bit inputs": ("ptq_static", {**RECONSTRUCTION, "activation_bits": 8}),  # of all layers, which take no bytes
     "inputs of twice the bits": ("ptq_static", {**RECONSTRUCTION, "activation_bits": "twice"}),  # all of them
+    "8-bit inputs, weights of a bit less": (
+        "ptq_static",
+        {**RECONSTRUCTION, "activation_bits": 8, "weight_bits": "less"},
+    ),
 }
 WITHOUT_TRAINING = {
     "balanced calibration": ("bias_aware_calibration", RECONSTRUCTION),
@@ -146,8 +150,12 @@ def main() -> None:
                 study.measure(seed, "FP32", None)
             setting = arguments.setting or study.find_setting(seeds)
             repairs = () if arguments.diagnose else arguments.methods or METHODS
+            left_out = set()
             if ITERATIONS[data] >= LONGER:
-                repairs = [label for label in repairs if label != "longer reconstruction"]
+                left_out.add("longer reconstruction")
+            if setting is not None and int(setting[1]) == 2:
+                left_out.add("8-bit inputs, weights of a bit less")
+            repairs = [label for label in repairs if label not in left_out]
             for seed in seeds:  # one after the other: what several methods start from is kept for a seed
                 for label in dict.fromkeys((*PLAIN, *repairs)):  # they are compared with the best of all plain ones
                     study.measure(seed, label, setting)
@@ -217,9 +225,10 @@ class Study:
         (cell,) = [cell for cell in plan(self.config)["baseline"] if cell.seed == seed]
         done: list = []
         if setting is not None:
-            method, options, draw, activation_bits = self.asked(label, setting)
+            method, options, draw, (weight_bits, activation_bits) = self.asked(label, setting)
             settings = methods._settings(method, methods.METHODS[method], options)
             done = [method, settings, draw, activation_bits, CALIBRATION_IMAGES, torch.get_num_threads()]
+            done += [] if weight_bits == int(setting[1]) else [weight_bits]
         if label in WITHOUT_TRAINING or label in WITH_TRAINING:
             done.append(REPAIR_VERSION)
         if label in WITH_TRAINING:
@@ -227,21 +236,24 @@ class Study:
         key = short_hash([cell.id, done, EXTRA, QUANTIZATION_VERSION])
         return self.folder / "mitigation" / f"s{seed}-{label}{f'-{setting}' if setting else ''}-{key}.json"
 
-    def asked(self, label: str, setting: str) -> tuple[str, dict, list[int], int]:
-        """The method, its options, whether its calibration images are drawn anew, and the bits of activations."""
+    def asked(self, label: str, setting: str) -> tuple[str, dict, list[int], tuple[int, int]]:
+        """The method, its options, whether its calibration images are drawn anew, and the bits of weights and
+        activations."""
         method, options = METHODS[label]
         options = dict(options)
         draw = [options.pop("draw")] if "draw" in options else []
-        activation_bits = options.pop("activation_bits", int(setting[3]))
-        if activation_bits == "twice":
-            activation_bits = 2 * int(setting[3])
+        bits = {"weight_bits": int(setting[1]), "activation_bits": int(setting[3])}
+        changed = {"twice": 2 * bits["activation_bits"], "less": bits["weight_bits"] - 1}
+        for name in bits:
+            asked = options.pop(name, bits[name])
+            bits[name] = changed.get(asked, asked)
         if method not in UNGROUPED:
             options["attributes"] = [self.attribute]
         if options.get("rounding") == "adaround":
             options.setdefault("reconstruction_iterations", ITERATIONS[self.data])
         if label in WITH_TRAINING:
             options |= {**TRAINING, "batch_size": self.config.training.batch_size}
-        return method, options, draw, activation_bits
+        return method, options, draw, (bits["weight_bits"], bits["activation_bits"])
 
     def measure(self, seed: int, label: str, setting: str | None) -> None:
         path = self.path(seed, label, setting)
@@ -314,7 +326,7 @@ class Study:
         return int(table_of_widths(network, batch["image"])["bit_operations"].sum())
 
     def quantize(self, seed: int, label: str, setting: str):
-        method, options, draw, activation_bits = self.asked(label, setting)
+        method, options, draw, (weight_bits, activation_bits) = self.asked(label, setting)
         split = self.dataset.splits["train"]
         generator = np.random.default_rng(seed_for("mitigation", self.data, seed, "calibration", *draw))
         start = options.get(
@@ -333,7 +345,7 @@ class Study:
             return apply_quantization(
                 self.model(seed),
                 method,
-                int(setting[1]),
+                weight_bits,
                 BatchLoader(split.subset(generator.permutation(positions)), 128, channels_last=True),
                 activation_bits=activation_bits,
                 train_data=train,
