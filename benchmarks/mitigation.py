@@ -739,6 +739,7 @@ def figure(comparisons: Sequence[Comparison]) -> Figure:
     }  # fmt: skip
     for axis, comparison in zip(axes, comparisons, strict=True):
         edge = 2.0 * comparison.difference(comparison.plain, "FP32")[0]  # what is worse is written there
+        right = max(0.5, -0.08 * edge)
         for place, label in enumerate(labels):
             if comparison.predicted(label) is None:
                 continue
@@ -749,13 +750,14 @@ def figure(comparisons: Sequence[Comparison]) -> Figure:
                     f"◂ {value:.0f}", (edge, place), color=colours[id(kind)], fontsize=8, va="center", ha="left"
                 )
                 continue
+            right = max(right, 1.1 * high)
             axis.errorbar(
                 value, place, xerr=[[value - low], [high - value]], fmt="o", markersize=4, color=colours[id(kind)],
                 capsize=2, linewidth=1,
             )  # fmt: skip
         best = comparison.difference(comparison.plain, "FP32")[0]
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlim(edge * 1.05, max(0.5, -0.08 * edge))
+        axis.set_xlim(edge * 1.05, right)
         axis.axvline(best, color="#555555", linewidth=0.8, linestyle="--")
         axis.set_title(
             f"{comparison.study.data}, {comparison.setting}: {comparison.names[comparison.group]}", fontsize=9

@@ -105,7 +105,7 @@ def quantize(model, loader, method="ptq_static", bits=8, **options) -> Quantized
     if method in WIDENING and bits == 8:
         bits = 4
     if method == "sensitive_layers":
-        quick["widen"] = "weights_and_inputs"
+        quick |= {"widen": "weights_and_inputs", "layer_share": 1.0, "extra_share": 1.0}  # some layers of many weights
     return apply_quantization(model, method, bits, loader, **quick | options)
 
 
