@@ -155,7 +155,8 @@ def run_cells(
     planned = [cell.id for cell in cells]
     todo = [cell for cell in cells if not (is_complete(cell) if is_complete else store.is_done(cell.id))]
     done = len(cells) - len(todo)
-    finished = {cell.id for cell in todo if store.is_done(cell.id)}  # and lack something
+    # these are finished, and lack something; a record is read only where there are predictions
+    finished = {cell.id for cell in todo if store.predictions_path(cell.id).exists() and store.is_done(cell.id)}
     if report.chosen is not None:
         todo = report.chosen(todo)
     report.start(phase, len(cells), done, len(todo))
