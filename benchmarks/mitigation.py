@@ -666,7 +666,12 @@ def side_by_side(comparisons: Sequence[Comparison]) -> None:
         cells = []
         for comparison in comparisons:
             if comparison.predicted(label) is None:
-                cells += ["not measured", "", ""]
+                results = [
+                    comparison.study.result(comparison.study.path(seed, label, comparison.setting))
+                    for seed in comparison.seeds
+                ]
+                is_refused = any(result is not None and "refused" in result for result in results)
+                cells += ["refused" if is_refused else "not measured", "", ""]
                 continue
             is_plain = label == comparison.plain
             cells += [

@@ -8,7 +8,7 @@ drifts as if they added up, and knows nothing of the rounding of biases, whose s
 the weights; what the choice is worth is measured on the calibration images once the model is quantized: see
 fair_ptq.sensitive_layers.
 
-Measured the other way round, by what a layer's width would give back to a model that is quantized throughout, nothing
+Measured the other way round, by what a width would give back to a model that is quantized throughout, too little
 seems to help: weights whose rounding is learned make up for the narrow inputs that they have, and suffer from others
 until they are rounded again.
 """
