@@ -116,7 +116,8 @@ class Measured:
     high: float
     level: float
     n: int
-    left_out: dict[str, int]  # images of the groups that nothing is said about
+    left_out: dict[str, int]  # images of the groups that nothing is said about; of some there are none here
+    classes_left_out: tuple[int, ...]  # likewise; of more than two
     smallest_certifiable: float
     reason: str
 
@@ -132,7 +133,8 @@ class Measured:
     def excess(self) -> float:
         return np.inf if np.isnan(self.high) else self.high - self.constraint.bound
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, is_certificate: bool = True) -> dict[str, Any]:
+        """`is_certificate` False: of a look at the certification images that was not one of those paid for."""
         return {
             "metric": self.constraint.metric,
             "attribute": self.constraint.over,
@@ -143,8 +145,9 @@ class Measured:
             "level": self.level,
             "n": self.n,
             "groups_left_out": self.left_out,
+            "classes_left_out": list(self.classes_left_out),
             "smallest_certifiable": self.smallest_certifiable,
-            "is_certified": self.is_kept,
+            "is_certified": is_certificate and self.is_kept,
             "reason": self.reason,
         }
 
@@ -157,6 +160,7 @@ class Candidate:
     model: nn.Module
     selection: list[Measured]
     certification: list[Measured] | None = None
+    is_attempted: bool = False  # the certification was one of the looks that the confidence is divided among
     has_failed: bool = False  # to predict the certification images
 
     @property
@@ -195,7 +199,11 @@ class FairnessAwareQuantizer:
     `size_budget_mb` (10^6 bytes, of the file) excludes what is larger. `ladder` replaces LADDER: method names, or
     (name, options) where options may hold bit_width and activation_bits too. `allow_group_thresholds` adds
     threshold_adjustment, whose model reads the group of every image it predicts. Groups under `min_group_size` images
-    are reported, not certified.
+    are reported, not certified, and so are groups that only the other images have.
+
+    A certificate is about images like those that certify: new to the given model as well, which knows the images it was
+    trained on, and used for one call. Whoever calls again with other arguments until one is certified has looked more
+    often than `confidence` allows for; `ladder` is for that.
     `progress(what, share done)` is called now and then.
 
     After `quantize`: `satisfied`; `final_dp_gap`, the demographic parity difference on the certification images, the
@@ -263,9 +271,8 @@ class FairnessAwareQuantizer:
         calibration, selection and certification (a half each where one of the two is given), within every (group,
         label), by the seed; they are held in memory meanwhile, and exact copies of an image are used once. Loaders that
         are given must give the same images in the same order each time. An image that two of the
-        three have is refused. `train_data` allows the rungs that train; the calibration images choose their best
-        epoch. It must hold none of the images that select or certify: the same loader is refused, the same images in
-        another loader, augmented as they may be, are not noticed.
+        three have is refused, and so is one of `train_data` that selects or certifies (augmented ones are not
+        recognised). `train_data` allows the rungs that train; the calibration images choose their best epoch.
 
         Nothing certified: the model closest to the bounds by the selection images is returned, or with `strict`
         FairnessConstraintError raised. `fairness_constraint=False`: the first rung that can be done, measured all the
@@ -275,9 +282,13 @@ class FairnessAwareQuantizer:
         self._reset()
         data = self._divide(calibration_data, selection_data, certification_data, train_data)
         exact = {part: predict(model, data[part]) for part in PARTS[1:]}
+        self._codes = _codes(data, exact, self.sensitive_attributes)
         self._check_groups(exact, fairness_constraint)
         if selection_data is not None or certification_data is not None:
             _check_apart(data)
+        if train_data is not None and any(method in TRAINED for method, _ in self.ladder):
+            for part in PARTS[1:]:
+                _check_apart({part: data[part], "train": train_data})
         self._baseline(model, exact)
 
         self._attempts, chosen, candidates = 0, None, []
@@ -394,6 +405,7 @@ class FairnessAwareQuantizer:
             candidate.has_failed = True
             return False
         candidate.certification = self._measure(exact["certification"], predictions, level)
+        candidate.is_attempted = is_attempt
         is_kept = is_attempt and all(measured.is_kept for measured in candidate.certification)
         candidate.row |= _columns("certification", candidate.certification)
         candidate.row |= {
@@ -450,7 +462,8 @@ class FairnessAwareQuantizer:
         self.final_dp_gap = chosen.row["final_dp_gap"]
         self.satisfied = chosen.row["verdict"].startswith("certified")
         worst = _worst(chosen.certification)
-        self.certificate = worst.as_dict() | {"constraints": [m.as_dict() for m in chosen.certification]}
+        is_one = chosen.is_attempted
+        self.certificate = worst.as_dict(is_one) | {"constraints": [m.as_dict(is_one) for m in chosen.certification]}
         self.report = pd.DataFrame(self._rows)
         name = f"{chosen.row['method']} (rung {chosen.row['rung']} of {len(self.ladder)})"
         if self.satisfied:
@@ -474,6 +487,9 @@ class FairnessAwareQuantizer:
             if m.left_out:
                 groups = ", ".join(f"{group} ({n} images)" for group, n in m.left_out.items())
                 self.message += f". Nothing is said of {m.constraint.over} {groups}"
+            if m.classes_left_out:
+                classes = ", ".join(map(str, m.classes_left_out))
+                self.message += f". Nothing is said of {m.constraint.metric} over {m.constraint.over} of class {classes}"
 
     def _failures(self) -> str:
         return "; ".join(f"{row['method']} {row['verdict']}" for row in self._rows[1:])
@@ -522,6 +538,8 @@ class FairnessAwareQuantizer:
             bound = gap_bounds(counts, constraint.metric, level, self.min_group_size)
         sizes = paired.sum(axis=(1, 2, 3))
         silent = sorted({*bound.left_out, *getattr(bound, "undefined", ())})
+        left_out = {names[g]: int(sizes[g]) for g in silent}
+        left_out |= dict.fromkeys((name for name in self._known(constraint.attributes) if name not in names), 0)
         return Measured(
             constraint,
             bound.observed,
@@ -529,10 +547,16 @@ class FairnessAwareQuantizer:
             bound.high,
             level,
             bound.n,
-            {names[g]: int(sizes[g]) for g in silent},
+            left_out,
+            getattr(bound, "classes_left_out", ()),
             smallest_certifiable(counts, constraint.metric, level, self.min_group_size),
             bound.reason,
         )
+
+    def _known(self, attributes: Sequence[str]) -> list[str]:
+        """The names of the groups that any of the images have."""
+        columns = [self._codes[name] for name in attributes]
+        return [_group_name(code) for code in np.unique(np.stack(columns, axis=1), axis=0).tolist()]
 
     def _dp_gap(self, exact: Predictions, quantized: Predictions) -> float:
         over = dict.fromkeys(constraint.attributes for constraint in self.constraints)
@@ -600,6 +624,7 @@ class FairnessAwareQuantizer:
             )
         if calibration is None:
             raise QuantizationError("quantize needs calibration_data: an iterable of batches of images and groups")
+        calibration = given["calibration"] = _repeatable(calibration)
         missing = [part for part in PARTS[1:] if given[part] is None]
         data = {part: _repeatable(given[part]) for part in PARTS if given[part] is not None}
         if missing:
@@ -705,7 +730,21 @@ def _paired_counts(
     counts = paired_count_table(
         group_N.reshape(-1), exact.y_true, exact.y_pred, quantized.y_pred, len(present), n_classes
     )
-    return counts, [" & ".join(map(str, code)) for code in present.tolist()]
+    return counts, [_group_name(code) for code in present.tolist()]
+
+
+def _group_name(code: Sequence[int]) -> str:
+    return " & ".join(map(str, code))
+
+
+def _codes(data: Mapping[str, Iterable], exact: dict[str, Predictions], attributes: Sequence[str]) -> dict:
+    """The groups of all images by attribute, of the calibration images where they have them."""
+    found = {name: [part.sensitive[name] for part in exact.values() if name in part.sensitive] for name in attributes}
+    for batch in map(as_batch, data["calibration"]):
+        if all(name in batch["sensitive"] for name in attributes):
+            for name in attributes:
+                found[name].append(torch.as_tensor(batch["sensitive"][name]).cpu().numpy().reshape(-1))
+    return {name: np.concatenate(codes) if codes else np.empty(0, dtype=np.int64) for name, codes in found.items()}
 
 
 def _digest(image: torch.Tensor) -> bytes:

@@ -390,6 +390,68 @@ def test_what_fp32_itself_misses_is_said(monkeypatch):
     assert quantizer.report["verdict"][0].startswith("FP32 itself misses the bound: demographic_parity_difference")
 
 
+def test_a_group_that_no_certification_image_has_is_named(monkeypatch):
+    """Three groups calibrate, two certify: nothing is known of the third one."""
+    ladder = with_models(monkeypatch, [(0.5, 0.5, 0.5)])
+    quantizer = FairnessAwareQuantizer(8, None, 0.2, ["g"], ladder=ladder)
+    exact = Drawn(15, (0.5, 0.5, 0.5))
+    quantizer.quantize(
+        exact, drawn_data(300, 1, 3), selection_data=drawn_data(2000, 2), certification_data=drawn_data(2000, 3)
+    )
+    assert quantizer.satisfied and quantizer.certificate["groups_left_out"] == {"2": 0}
+    assert "Nothing is said of g 2 (0 images)" in quantizer.message
+
+
+def test_a_class_that_one_group_alone_has_is_named(monkeypatch):
+    class Reader(nn.Module):
+        """The class that channel 1 holds."""
+
+        def forward(self, x):
+            return nn.functional.one_hot(x[:, 1, 0, 0].long(), 3).float()
+
+    data = drawn_data(3000, 4)
+    data[0]["label"] = torch.arange(3000) // 2 % 3
+    data[0]["label"][(data[0]["sensitive"]["g"] == 1) & (data[0]["label"] == 2)] = 0
+    data[0]["image"][:, 1] = data[0]["label"].view(-1, 1, 1).float()
+    monkeypatch.setattr(methods, "apply_quantization", lambda *_, **__: Reader())
+    quantizer = FairnessAwareQuantizer(
+        8, None, None, ["g"], metric="equal_opportunity_difference", max_gap=0.1, ladder=["ptq_static"]
+    )
+    quantizer.quantize(Reader(), data)
+    assert quantizer.satisfied and quantizer.certificate["classes_left_out"] == [2]
+    assert quantizer.message.endswith("Nothing is said of equal_opportunity_difference over g of class 2")
+
+
+def test_what_was_not_paid_for_is_no_certificate(monkeypatch):
+    """FP32 is no better on the images that select, so that no rung is tried; those that certify would have kept it."""
+    ladder = with_models(monkeypatch, [(0.5, 0.5)])
+    data, certification = drawn_data(2000, 1), drawn_data(2000, 2)
+    data[0]["image"][data[0]["sensitive"]["g"] == 1, 0, 0, 0] = 1.0  # nobody of group 1 is selected
+    quantizer = FairnessAwareQuantizer(8, None, 0.2, ["g"], ladder=ladder)
+    quantizer.quantize(Drawn(15, (0.5, 0.5)), data, certification_data=certification)
+    assert not quantizer.satisfied and quantizer.certificate["high"] <= 0.2
+    assert quantizer.certificate["is_certified"] is False
+    assert not any(one["is_certified"] for one in quantizer.certificate["constraints"])
+
+
+def test_an_iterator_can_be_divided(model):
+    data = faces(1200, 1)
+    given, read_once = climber(), climber()
+    given.quantize(model, data)
+    read_once.quantize(model, iter(data))
+    columns = [name for name in given.report if name != "seconds"]
+    assert given.report[columns].equals(read_once.report[columns])
+
+
+def test_images_that_train_do_not_certify(model):
+    """In whatever loader they are; a ladder that trains nothing does not look at them."""
+    data, train = faces(600, 1), faces(128, 2)
+    ladder = [*CLIMB, ("group_dro", {"epochs": 1})]
+    with pytest.raises(QuantizationError, match="images of train_data are in selection_data too"):
+        climber(ladder=ladder).quantize(model, data, train_data=[*train, data[3]])
+    climber().quantize(model, data, train_data=[*train, data[3]])
+
+
 # --- data and arguments that cannot do --------------------------------------------------------------------------------
 
 
