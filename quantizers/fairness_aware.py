@@ -489,7 +489,9 @@ class FairnessAwareQuantizer:
                 self.message += f". Nothing is said of {m.constraint.over} {groups}"
             if m.classes_left_out:
                 classes = ", ".join(map(str, m.classes_left_out))
-                self.message += f". Nothing is said of {m.constraint.metric} over {m.constraint.over} of class {classes}"
+                self.message += (
+                    f". Nothing is said of {m.constraint.metric} over {m.constraint.over} of class {classes}"
+                )
 
     def _failures(self) -> str:
         return "; ".join(f"{row['method']} {row['verdict']}" for row in self._rows[1:])
