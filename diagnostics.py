@@ -42,7 +42,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evaluation import as_batch, device_of, eval_mode, predict
+from evaluation import as_batch, class_logits, device_of, eval_mode, predict
 from group_counts import intersect, wilson_interval
 from quantizers.graph import is_layer
 from quantizers.modules import (
@@ -165,7 +165,7 @@ def diagnose(
 
     exemplars = pd.DataFrame(columns=EXEMPLAR_COLUMNS)
     if quantized is not None:
-        predicted = {model: _two_logits(values).argmax(axis=1) for model, values in logits.items()}
+        predicted = {model: class_logits(values).argmax(axis=1) for model, values in logits.items()}
         exemplars = exemplar_table(y_true, predicted["fp32"], predicted["quantized"], codes_N, group_names)
     return Diagnostics(
         pd.DataFrame(rows, columns=GROUP_COLUMNS), _clipping_table(counts, codes_N, group_names), exemplars
@@ -255,7 +255,7 @@ def _of_logits(logits_NK: np.ndarray, y_true: np.ndarray) -> tuple[dict[str, Any
     row: dict[str, Any] = {"n": n, "logit_variance": np.nan, "margin": np.nan, "margin_p10": np.nan}
     if n == 0:
         return row, "no image of this group"
-    logits_NK = _two_logits(logits_NK).astype(np.float64)
+    logits_NK = class_logits(logits_NK).astype(np.float64)
     true_N = logits_NK[np.arange(n), y_true]
     others_NK = logits_NK.copy()
     others_NK[np.arange(n), y_true] = -np.inf
@@ -265,15 +265,6 @@ def _of_logits(logits_NK: np.ndarray, y_true: np.ndarray) -> tuple[dict[str, Any
         return row, "a single image has no variance"
     centred_NK = logits_NK - logits_NK.mean(axis=1, keepdims=True)
     return row | {"logit_variance": centred_NK.var(axis=0, ddof=1).mean()}, ""
-
-
-def _two_logits(logits_NK):
-    """A single logit z, class 1 where it is above 0, as the logits (0, z); numpy or torch."""
-    if logits_NK.shape[1] > 1:
-        return logits_NK
-    if isinstance(logits_NK, torch.Tensor):
-        return torch.cat([torch.zeros_like(logits_NK), logits_NK], dim=1)
-    return np.concatenate([np.zeros_like(logits_NK), logits_NK], axis=1)
 
 
 # ------------------------------------------------------------------------------------------- the gradient, the Hessian
@@ -382,7 +373,7 @@ class _Slopes:
         parts = self.w_P.split([shape.numel() for shape in self.shapes.values()])
         weights = {path: part.view(shape) for (path, shape), part in zip(self.shapes.items(), parts, strict=True)}
         logits = torch.func.functional_call(self.model, {**self.fixed, **weights}, (images.clone(),), tie_weights=False)
-        return F.cross_entropy(_two_logits(logits.float()), labels, reduction="sum")
+        return F.cross_entropy(class_logits(logits.float().reshape(len(images), -1)), labels, reduction="sum")
 
     def _gradient_sum(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         total_P = torch.zeros_like(self.w_P)

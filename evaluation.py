@@ -59,6 +59,16 @@ def as_batch(batch: Any) -> Mapping[str, Any]:
     )
 
 
+def class_logits(logits: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
+    """(..., K >= 2): of a single logit z, of class 1 where it is above 0, the two that mean the same, (0, z), since
+    softmax(0, z) = sigmoid(z)."""
+    if logits.shape[-1] > 1:
+        return logits
+    if isinstance(logits, torch.Tensor):
+        return torch.cat([torch.zeros_like(logits), logits], dim=-1)
+    return np.concatenate([np.zeros_like(logits), logits], axis=-1)
+
+
 def device_of(model: Any) -> torch.device:
     """The device of a module's first parameter or buffer; the CPU for an engine."""
     if isinstance(model, nn.Module):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation import Predictions, as_batch, device_of, eval_mode
+from evaluation import Predictions, as_batch, class_logits, device_of, eval_mode
 from training import Score
 
 BUFFER_BATCHES = 8  # what GroupBalancedLoader holds of the stream, and how far it reads ahead
@@ -176,11 +176,9 @@ def _probabilities(logits_NK: torch.Tensor) -> torch.Tensor:
 
 
 def _two_or_more(logits_NK: torch.Tensor) -> torch.Tensor:
-    """Logits of at least two classes, in float32 at least: a single one z is that of class 1 beside 0, since
-    softmax(0, z) = sigmoid(z)."""
+    """Logits of at least two classes, in float32 at least."""
     logits_NK = logits_NK.reshape(len(logits_NK), -1)
-    logits_NK = logits_NK if logits_NK.dtype == torch.float64 else logits_NK.float()
-    return F.pad(logits_NK, (1, 0)) if logits_NK.shape[1] == 1 else logits_NK
+    return class_logits(logits_NK if logits_NK.dtype == torch.float64 else logits_NK.float())
 
 
 def _members(groups_N: torch.Tensor, n_groups: int, like: torch.Tensor) -> torch.Tensor:
@@ -237,7 +235,7 @@ class FairnessPenalty:
     def __call__(self, logits_NK: torch.Tensor, batch: Any) -> torch.Tensor:
         groups_N, n_groups = self.groups.codes(batch), len(self.groups)
         if not self._is_checked:
-            self._check(*logits_NK.shape)
+            self._check(len(logits_NK), max(2, logits_NK[0].numel()))
         if self.constraint == "demographic_parity":
             gap = soft_demographic_parity(logits_NK, groups_N, n_groups)
         else:

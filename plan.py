@@ -33,6 +33,7 @@ from store import SCHEMA_VERSION, short_hash
 
 QUANTIZATION_VERSION = 4  # of how quantizers/ computes: another one makes other cells, whose results are not mixed
 REPAIR_VERSION = 4  # likewise, of how the strategies of the mitigation phase do
+REVISED = {"threshold_adjustment": 5}  # those changed alone since
 TRAINING_VERSION = 2  # likewise, of how quantized models are trained
 MEANINGFUL_NONE = ("classifier_bits", "gradient_clip")  # None says something else than the default
 
@@ -261,7 +262,7 @@ def _derived(
         "version": QUANTIZATION_VERSION,
     }
     if strategy is not None:
-        identity["repair_version"] = REPAIR_VERSION
+        identity["repair_version"] = REVISED.get(strategy, REPAIR_VERSION)
     if "epochs" in options:
         identity["training_version"] = TRAINING_VERSION
     label = [strategy or method, f"w{weight_bits}a{activation_bits}"]

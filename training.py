@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation import EvaluationError, Predictions, as_batch, device_of, predict
+from evaluation import EvaluationError, Predictions, as_batch, class_logits, device_of, predict
 from models import has_depthwise_convolution
 from sections.training import Training
 
@@ -129,11 +129,12 @@ def train(
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Loss:
-    """The mean cross entropy of a batch, in float32 whatever the autocast."""
+    """The mean cross entropy of a batch of integer labels, in float32 whatever the autocast."""
 
     def loss(logits_NK: torch.Tensor, batch: Any) -> torch.Tensor:
-        labels_N = torch.as_tensor(batch["label"]).to(logits_NK.device)
-        return F.cross_entropy(logits_NK.float(), labels_N, label_smoothing=label_smoothing)
+        labels_N = torch.as_tensor(batch["label"]).to(logits_NK.device).reshape(-1).long()
+        logits_NK = class_logits(logits_NK.float().reshape(len(logits_NK), -1))
+        return F.cross_entropy(logits_NK, labels_N, label_smoothing=label_smoothing)
 
     return loss
 

@@ -49,7 +49,7 @@ from evaluation import model_size_mb, predict
 from group_counts import count_table, group_metrics, intersect
 from models import build_model, load_checkpoint
 from phases import baseline
-from plan import QUANTIZATION_VERSION, REPAIR_VERSION, TRAINING_VERSION, plan
+from plan import QUANTIZATION_VERSION, REPAIR_VERSION, REVISED, TRAINING_VERSION, plan
 from quantization import QuantizationError, apply_quantization
 from quantizers import methods
 from quantizers.mixed_precision import table_of_widths
@@ -230,7 +230,7 @@ class Study:
             done = [method, settings, draw, activation_bits, CALIBRATION_IMAGES, torch.get_num_threads()]
             done += [] if weight_bits == int(setting[1]) else [weight_bits]
         if label in WITHOUT_TRAINING or label in WITH_TRAINING:
-            done.append(REPAIR_VERSION)
+            done.append(REVISED.get(METHODS[label][0], REPAIR_VERSION))
         if label in WITH_TRAINING:
             done.append(TRAINING_VERSION)
         key = short_hash([cell.id, done, EXTRA, QUANTIZATION_VERSION])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from evaluation import as_batch, device_of, eval_mode
+from evaluation import as_batch, class_logits, device_of, eval_mode
 from quantizers.calibration import CALIBRATION_BATCH
 from quantizers.modules import QuantizedModel
 from quantizers.numerics import QuantizationError, QuantizationWarning
@@ -200,7 +200,8 @@ def logits_of(model: QuantizedModel, images: torch.Tensor) -> torch.Tensor:
     """(n, K) float32, on the CPU."""
     device = device_of(model)
     with eval_mode(model):
-        return torch.cat([model(batch.to(device)).float().cpu() for batch in images.split(CALIBRATION_BATCH)])
+        logits = [model(batch.to(device)).float().cpu() for batch in images.split(CALIBRATION_BATCH)]
+    return torch.cat([batch.reshape(len(batch), -1) for batch in logits])
 
 
 def float_logits(model: QuantizedModel, images: torch.Tensor) -> torch.Tensor:
@@ -214,20 +215,13 @@ def drift(
 ) -> torch.Tensor:
     """(n,) float64, how far each image's prediction has moved: `kl`, the divergence of its softmax from the float
     model's, in nats; `loss`, by how much its cross entropy has risen, which may be negative."""
-    exact_NK, logits_NK = _two_classes(exact_NK.double()), _two_classes(logits_NK.double())
+    exact_NK, logits_NK = (class_logits(logits.double().reshape(len(logits), -1)) for logits in (exact_NK, logits_NK))
     if metric == "kl":
         exact_NK = F.log_softmax(exact_NK, dim=1)
         return (exact_NK.exp() * (exact_NK - F.log_softmax(logits_NK, dim=1))).sum(dim=1)
     return F.cross_entropy(logits_NK, labels_N, reduction="none") - F.cross_entropy(
         exact_NK, labels_N, reduction="none"
     )
-
-
-def _two_classes(logits_NK: torch.Tensor) -> torch.Tensor:
-    """A single logit as the two that mean the same."""
-    if logits_NK.shape[1] > 1:
-        return logits_NK
-    return torch.cat([torch.zeros_like(logits_NK), logits_NK], dim=1)
 
 
 def group_shares(drift_G: torch.Tensor, weighting: Weighting) -> torch.Tensor:

@@ -230,7 +230,8 @@ class _Learning:
             torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, iterations)) if len(groups) > 1 else None
         )
         rates = [group["lr"] for group in optimizer.param_groups]
-        channels = target.shape[1] if target.ndim != 3 else target.shape[2]  # tokens have theirs last
+        # tokens have theirs last; a single logit may have no dimension of its own
+        channels = 1 if target.ndim == 1 else target.shape[2] if target.ndim == 3 else target.shape[1]
         # each image counts the same, whatever its energy; all together what they would in a plain mean
         energy_N = _energy(target)
         importance_N = self.weights_N * energy_N.mean() / energy_N
@@ -242,7 +243,7 @@ class _Learning:
             batch, wanted = x[index], target[index]
             if drop > 0:
                 batch = mixed(exact[index], batch, drop, generator)
-            error = (run_segment(self.model.network, self.piece, batch) - wanted).pow(2).flatten(1).mean(dim=1)
+            error = _of_images((run_segment(self.model.network, self.piece, batch) - wanted).pow(2))
             loss = (error * importance_N[index]).mean() * channels
             progress = (step / max(1, iterations) - WARM_UP) / (1 - WARM_UP)
             if progress > 0:
@@ -260,14 +261,19 @@ class _Learning:
         return torch.cat(batches)
 
     def _error(self, x: torch.Tensor, target: torch.Tensor) -> float:
-        error_N = (self._output(x) - target).pow(2).flatten(1).mean(dim=1)
+        error_N = _of_images((self._output(x) - target).pow(2))
         return float((self.weights_N * error_N / _energy(target)).mean())
 
 
 def _energy(target: torch.Tensor) -> torch.Tensor:
     """(N,) mean square of each image's values, at least a share (LEAST_ENERGY) of the mean of all."""
-    energy_N = target.pow(2).flatten(1).mean(dim=1)
+    energy_N = _of_images(target.pow(2))
     return energy_N.clamp(min=LEAST_ENERGY * float(energy_N.mean()) or 1.0)
+
+
+def _of_images(values: torch.Tensor) -> torch.Tensor:
+    """(N,) means of (N, ...)."""
+    return values.reshape(len(values), -1).mean(dim=1)
 
 
 class SoftLayer(nn.Module):

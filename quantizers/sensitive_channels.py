@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation import device_of, eval_mode
+from evaluation import class_logits, device_of, eval_mode
 from quantizers.groups import Drift, Weighting, group_shares
 from quantizers.modules import QuantizedLayer, QuantizedModel
 from quantizers.numerics import MAX_BITS, QuantizationError, dequantize_weight, quantize_weight
@@ -162,8 +162,7 @@ def _scores(model, layers, errors, batch, labels_N, metric, generator) -> dict[s
     with torch.enable_grad(), _watched(layers, errors, len(batch), changes_NO):
         images = batch.detach().requires_grad_()  # so that the first layer has gradients, and no parameter needs any
         logits_NK = model(images.clone())  # a network may begin in place
-        if logits_NK.shape[1] == 1:
-            logits_NK = F.pad(logits_NK, (1, 0))  # a single logit as the two that mean the same
+        logits_NK = class_logits(logits_NK.reshape(len(logits_NK), -1))
         targets = _targets(logits_NK.detach(), labels_N, metric, generator)
         for place, (target_N, probability_N) in enumerate(targets):
             changes_NO.clear()

@@ -25,7 +25,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from evaluation import device_of, eval_mode
+from evaluation import class_logits, device_of, eval_mode
 from quantizers.execution import WALK_MEMORY, Values, image_of, images_within, last_uses, run_node
 from quantizers.modules import TRANSPOSED, ActivationQuantizer, QuantizedLayer, QuantizedModel
 from quantizers.numerics import HALF_BITS, MAX_BITS, QuantizationError, dequantize_weight, quantize_weight
@@ -257,16 +257,20 @@ Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits (W, N, K
 
 
 def _score(metric: str, labels_N: torch.Tensor | None) -> Score:
+    def log_softmax(logits: torch.Tensor, dimensions: int) -> torch.Tensor:
+        logits = logits.double().reshape(*logits.shape[:dimensions], -1)
+        return F.log_softmax(class_logits(logits), dim=-1)
+
     def kl(logits_WNK: torch.Tensor, exact_NK: torch.Tensor) -> torch.Tensor:
-        exact_NK = F.log_softmax(exact_NK.double(), dim=-1)
-        return (exact_NK.exp() * (exact_NK - F.log_softmax(logits_WNK.double(), dim=-1))).sum(dim=-1)
+        exact_NK = log_softmax(exact_NK, 1)
+        return (exact_NK.exp() * (exact_NK - log_softmax(logits_WNK, 2))).sum(dim=-1)
 
     def loss(logits_WNK: torch.Tensor, exact_NK: torch.Tensor) -> torch.Tensor:
-        def entropy(logits: torch.Tensor) -> torch.Tensor:
-            picked = labels_N.expand(logits.shape[:-1]).unsqueeze(-1)
-            return -F.log_softmax(logits.double(), dim=-1).gather(-1, picked).squeeze(-1)
+        def entropy(logits: torch.Tensor, dimensions: int) -> torch.Tensor:
+            picked = labels_N.expand(logits.shape[:dimensions]).unsqueeze(-1)
+            return -log_softmax(logits, dimensions).gather(-1, picked).squeeze(-1)
 
-        return entropy(logits_WNK) - entropy(exact_NK)
+        return entropy(logits_WNK, 2) - entropy(exact_NK, 1)
 
     return kl if metric == "kl" else loss
 

@@ -3,11 +3,13 @@ learning", 2016; fairlearn's ThresholdOptimizer).
 
 A reference point, not a repair of the model: it reads the group of every image when it predicts, which many uses do not
 know, or may not use. The thresholds are the most accurate ones under which the groups' rates are equal on the data they
-are fitted to; between two thresholds the decision is drawn, for an image always the same way.
+are fitted to; between two thresholds the decision is drawn, for the same pixels always the same way, whatever batch or
+device they are in.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,12 +62,13 @@ class GroupThresholds(nn.Module):
 
     def forward(self, x: torch.Tensor, sensitive: Mapping[str, Any]) -> torch.Tensor:
         margin_N = margins(self.model(x).float().cpu())
-        decision_N = self.decide(margin_N, sensitive)
+        decision_N = self.decide(margin_N, sensitive, _uniform(x))
         size_N = margin_N.abs().clamp(min=LEAST_MARGIN)
         return torch.stack([torch.zeros_like(size_N), torch.where(decision_N, size_N, -size_N)], dim=1).to(x.device)
 
-    def decide(self, margin_N: torch.Tensor, sensitive: Mapping[str, Any]) -> torch.Tensor:
-        """(N,) bool: class 1. QuantizationError for a group that there is no threshold for."""
+    def decide(self, margin_N: torch.Tensor, sensitive: Mapping[str, Any], drawn_N: np.ndarray) -> torch.Tensor:
+        """(N,) bool: class 1, where its probability is above a number (N,) drawn from [0, 1). QuantizationError for a
+        group that there is no threshold for."""
         missing = [name for name in self.attributes if name not in sensitive]
         if missing:
             raise QuantizationError(f"thresholds of groups need the sensitive attribute {missing[0]!r} of every image")
@@ -82,7 +85,7 @@ class GroupThresholds(nn.Module):
         probability = rules[:, 4].copy()
         for p, threshold in ((rules[:, 0], rules[:, 1]), (rules[:, 2], rules[:, 3])):
             probability += p * (margin > threshold)
-        return torch.from_numpy(probability > _uniform(margin))
+        return torch.from_numpy(probability > drawn_N)
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         inner = {f"model.{name}": tensor for name, tensor in self.model.packed_tensors().items()}
@@ -95,6 +98,7 @@ class GroupThresholds(nn.Module):
 
 def margins(logits_NK: torch.Tensor) -> torch.Tensor:
     """(N,): by how much class 1 is above class 0. QuantizationError for more than two classes."""
+    logits_NK = logits_NK.reshape(len(logits_NK), -1)
     if logits_NK.shape[1] == 1:
         return logits_NK[:, 0]
     if logits_NK.shape[1] != 2:
@@ -182,10 +186,8 @@ def _check_counts(names: list[str], codes_GA: np.ndarray, group_N: np.ndarray, l
             )
 
 
-def _uniform(values_N: np.ndarray) -> np.ndarray:
-    """(N,) numbers in [0, 1), as good as random, the same for the same value (the finalizer of SplitMix64)."""
-    x = np.ascontiguousarray(values_N, dtype=np.float64).view(np.uint64).copy()
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def _uniform(images: torch.Tensor) -> np.ndarray:
+    """(N,) numbers in [0, 1), as good as random, the same for the same pixels."""
+    pixels = images.detach().cpu().contiguous()  # in this order, whatever the memory layout
+    digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in pixels]
+    return (np.array([int.from_bytes(digest) for digest in digests], dtype=np.uint64) >> np.uint64(11)) * 2.0**-53
