@@ -148,11 +148,20 @@ def main_settings(rows: pd.DataFrame) -> list[str]:
     return chosen
 
 
+RECIPE = (
+    "observer", "weight_observer", "weight_granularity", "activation_scheme", "equalize", "bias_correction", "rounding",
+    "backend", "reduce_range",
+)  # fmt: skip
+# training decides on its own what becomes of these
+RECIPE_OF_TRAINED = tuple(key for key in RECIPE if key not in ("bias_correction", "rounding"))
+
+
 def plain_counterparts(rows: pd.DataFrame) -> dict[str, str]:
     """Mitigated cell -> the cell without the strategy at the same data set, model, seed, widths and method.
 
-    The observer must agree; among several candidates the one that shares most other options. A mitigated cell without
-    such a counterpart is absent from the answer.
+    What changes a model without any group must agree (RECIPE); among several candidates the one that shares most other
+    options. A mitigated cell without such a counterpart is absent from the answer: what learned rounding gives, say, is
+    not a repair's.
     """
     pairs = {}
     plain = rows[rows["strategy"].isna()]
@@ -164,7 +173,8 @@ def plain_counterparts(rows: pd.DataFrame) -> dict[str, str]:
         best, most = None, None
         for candidate in by_key.get(_pair_key(row), []):
             theirs = parse_options(candidate.options)
-            if mine.get("observer") != theirs.get("observer"):
+            recipe = RECIPE_OF_TRAINED if row.method == "qat" else RECIPE
+            if any(mine.get(key) != theirs.get(key) for key in recipe):
                 continue
             agreeing = sum(theirs.get(key) == value for key, value in mine.items())
             if most is None or agreeing > most:

@@ -200,8 +200,9 @@ def deployment_table(rows: pd.DataFrame, deployment: pd.DataFrame) -> pd.DataFra
 
 
 def repair_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each repair beside plain quantization: at the same bits, and the best of those whose file is no larger (to 2 %),
-    by worst-group accuracy; empty where there is no repair. The best plain one is chosen on the same test images, which
+    """Each repair beside plain quantization: at the same bits (its counterpart; where no plain cell has its rounding and
+    the like, static quantization as it is), and the best of those whose file is no larger (to 2 %), by worst-group
+    accuracy; empty where there is no repair. The best plain one is chosen on the same test images, which
     favours it. Changes are of worst-group accuracy, in points."""
     rows = with_labels(rows[rows["status"] == "done"])
     repaired = rows[rows["strategy"].notna()].sort_values(["dataset", "model", "seed", "setting_order"], kind="stable")
@@ -230,6 +231,7 @@ def repair_table(rows: pd.DataFrame) -> pd.DataFrame:
         for reference, heading in ((bits, "same bits"), (best, "same bytes")):
             change = np.nan if reference is None else 100 * (worst - reference["worst_group_accuracy"])
             line[f"against {heading}"] = number(change, 1)
+        line["plain of the same bits"] = "" if bits is None else bits["setting"]
         line["best plain of the same bytes"] = "" if best is None else best["setting"]
         line["calibration s"] = number(row.get("calibration_seconds"), 1)
         line["training s"] = number(row.get("training_seconds"), 1)

@@ -1,5 +1,6 @@
 import io
 import itertools
+import json
 
 import numpy as np
 import pandas as pd
@@ -138,6 +139,19 @@ def test_a_mitigated_cell_is_paired_with_the_plain_cell_of_its_observer_model_se
     ]  # fmt: skip
     assert plain_counterparts(frame(*others, right, mitigated)) == {mitigated["cell"]: right["cell"]}
     assert plain_counterparts(frame(*others, mitigated)) == {}
+
+
+@pytest.mark.parametrize("key, value", [("rounding", "adaround"), ("bias_correction", True), ("equalize", True)])
+def test_what_learned_rounding_or_bias_correction_gives_is_not_a_repairs(key, value):
+    """A cell with it has no counterpart without it; training from such a start has the QAT of its widths."""
+    options = {"observer": "mse", key: value}
+    plain, same = row(bits=4, options='{"observer":"mse"}'), row(bits=4, options=json.dumps(options))
+    repaired = row(bits=4, strategy="fair_reconstruction", options=json.dumps({**options, "weighting": "balanced"}))
+    assert plain_counterparts(frame(plain, repaired)) == {}
+    assert plain_counterparts(frame(plain, same, repaired)) == {repaired["cell"]: same["cell"]}
+    qat = row(bits=4, method="qat", options='{"observer":"mse"}')
+    trained = row(bits=4, method="qat", strategy="group_dro", options=json.dumps(options))
+    assert plain_counterparts(frame(qat, trained)) == ({} if key == "equalize" else {trained["cell"]: qat["cell"]})
 
 
 # ---------------------------------------------------------------------------------------------------------- pareto_mask
