@@ -200,10 +200,10 @@ def deployment_table(rows: pd.DataFrame, deployment: pd.DataFrame) -> pd.DataFra
 
 
 def repair_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each repair beside plain quantization: at the same bits (its counterpart; where no plain cell has its rounding and
-    the like, static quantization as it is), and the best of those whose file is no larger (to 2 %), by worst-group
-    accuracy; empty where there is no repair. The best plain one is chosen on the same test images, which
-    favours it. Changes are of worst-group accuracy, in points."""
+    """Each repair beside plain quantization: at the same bits (its counterpart; where no plain cell has its rounding
+    and the like, static quantization as it is), and the best of those whose file is no larger (to 2 %), by worst-group
+    accuracy; empty where there is no repair. The best plain one is chosen on the same test images, which favours it.
+    Changes are of worst-group accuracy, in points."""
     rows = with_labels(rows[rows["status"] == "done"])
     repaired = rows[rows["strategy"].notna()].sort_values(["dataset", "model", "seed", "setting_order"], kind="stable")
     plain = rows[rows["strategy"].isna() & ~rows["method"].isin(["none", "qat"])]

@@ -91,7 +91,7 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     elif cell.method in ("ptq_static", "mixed_precision"):
         options["seed"] = seed_for(cell.seed, cell.dataset, cell.model, "rounding")
     if cell.method == "mixed_precision":
-        options["sensitivity"] = inputs.sensitivities.load(cell, dataset.fingerprint)
+        options["sensitivity"] = functools.partial(inputs.sensitivities.once, cell, dataset.fingerprint)
     with warnings.catch_warnings(record=True) as said:
         for category in SAID:
             warnings.simplefilter("always", category)
@@ -145,6 +145,8 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
         measured.columns["training_seconds"] = training["seconds"]
         measured.extra["training_log"] = training["log"]
         seconds -= training["seconds"]
+    if "measurement" in quantized.reports:  # the seconds that it took, whichever cell they were
+        seconds += quantized.reports["measurement"].seconds - inputs.sensitivities.spent
     measured.columns["calibration_seconds"] = seconds
     measured.extra |= more | evaluate_abroad(predictions)
     measured.extra["placement"] = quantized.placement.summary()
@@ -156,7 +158,6 @@ def compute(cell: Cell, report: Any, *, inputs: Inputs) -> CellResult:
     if "calibration_groups" in quantized.description:
         measured.extra["calibration_groups"] = quantized.description["calibration_groups"]
     if "sensitivity" in quantized.reports:
-        inputs.sensitivities.keep(cell, dataset.fingerprint, quantized.reports["measurement"])
         budgets, widths = quantized.reports["budgets"], quantized.reports["widths"]
         sensitivity = quantized.reports["sensitivity"].merge(
             widths[["layer", "bits"]].rename(columns={"bits": "chosen_bits"}), on="layer"

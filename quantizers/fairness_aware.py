@@ -345,7 +345,7 @@ class FairnessAwareQuantizer:
             start = time.perf_counter()
             try:
                 quantized = self._apply(model, method, own, data, train_data, done)
-            except (QuantizationError, TrainingError) as error:
+            except (QuantizationError, TrainingError, EvaluationError) as error:
                 row |= {"seconds": time.perf_counter() - start, "verdict": f"failed: {error}"}
                 continue
             size = model_size_mb(quantized)

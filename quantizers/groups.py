@@ -180,7 +180,8 @@ def _check_groups(attributes: list[str], counts: dict[str, int], samples: int) -
 
 
 def _say_repeated(attributes: list[str], distinct: dict[str, int], shares: dict[str, int]) -> None:
-    repeated = {name: share for name, share in shares.items() if distinct[name] < share}
+    least = min(shares.values(), default=0)  # who has this many and was dealt the odd place is not short of images
+    repeated = {name: share for name, share in shares.items() if distinct[name] < least}
     if repeated:
         worst = min(repeated, key=lambda name: distinct[name])
         warnings.warn(

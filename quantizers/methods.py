@@ -131,6 +131,7 @@ def _fair_mixed_precision(
     model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict
 ) -> QuantizedModel:
     grouped = _grouped(data, options)
+    grouped.first(options["sensitivity_samples"])  # refused here, by name, where one of the groups is not among them
     own = {key: options[key] for key in MIXED_OPTIONS}
     quantized = mixed_precision(
         model,

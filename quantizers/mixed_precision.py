@@ -13,7 +13,7 @@ quantized layers for one image. An activation that only wide layers read is wide
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -43,7 +43,7 @@ def mixed_precision(
     metric: str = "kl",
     sensitivity_samples: int = 128,
     classifier_bits: int | None = FLOAT_BITS,
-    sensitivity: Sensitivity | None = None,
+    sensitivity: Sensitivity | Callable[[Callable[[], Sensitivity]], Sensitivity] | None = None,
     groups: torch.Tensor | None = None,
     worst_share: float | None = None,
     progress: ptq.Progress | None = None,
@@ -59,8 +59,8 @@ def mixed_precision(
     Without a budget the size is that of the model with `weight_bits` everywhere. `classifier_bits` None lets the last
     layer be chosen like the others. Sensitivities are measured on the first `sensitivity_samples` of `images`
     (n, 3, H, W), with `labels` (n,) where `metric` is "loss"; or they are those of an earlier call for the same model
-    and images, whatever its widths and budgets: `sensitivity=earlier.reports["measurement"]`. `recipe` holds fields of
-    `ptq.Recipe`.
+    and images, whatever its widths and budgets: `sensitivity=earlier.reports["measurement"]`, or a function that gives
+    them, itself given one that measures them. `recipe` holds fields of `ptq.Recipe`.
 
     `reports` of the result has the DataFrames `sensitivity` and `widths`, a row for each layer, and the dict `budgets`:
     what was asked for (`size_budget_bytes`, `bit_operations_budget`; None: no limit), and what is used (`size_bytes`,
@@ -76,8 +76,9 @@ def mixed_precision(
     quantized = ptq.attach(model, images, "mixed_precision", weight_bits, activation_bits, recipe)
     statistics = ptq.observe_activations(quantized, images, recipe)
     measured = [name for name in quantized.placement.layers if name != _classifier(quantized, classifier_bits)]
-    if sensitivity is None:
-        sensitivity = measure_sensitivity(
+
+    def measure() -> Sensitivity:
+        return measure_sensitivity(
             quantized,
             images[:sensitivity_samples],
             None if labels is None else labels[:sensitivity_samples],
@@ -87,7 +88,12 @@ def mixed_precision(
             layers=measured,
             progress=progress,
         )
-    elif list(sensitivity.layers) != measured:
+
+    if sensitivity is None:
+        sensitivity = measure()
+    elif callable(sensitivity):
+        sensitivity = sensitivity(measure)
+    if list(sensitivity.layers) != measured:
         raise QuantizationError("the sensitivity that was given is of another model, or of another classifier_bits")
     chosen, found, budgets = choose_widths(
         quantized,

@@ -13,6 +13,7 @@ from torch import nn
 from quantization import QuantizationError, apply_quantization
 from quantizers import fair_ptq, ptq
 from quantizers.groups import GroupedImages, drift, float_logits, logits_of
+from quantizers.methods import METHODS, Data, _grouped, _settings
 from quantizers.mixed_precision import choose_widths, mixed_precision, table_of_widths
 from quantizers.modules import ActivationQuantizer, QuantizedModel
 from quantizers.numerics import QuantizationWarning
@@ -266,14 +267,31 @@ def test_fair_mixed_precision_costs_the_worst_group_less_than_plain_in_the_same_
         return max(values_N[drawn == group].mean() for group in (0, 1))
 
     def fair_groups(loader):
-        from quantizers.methods import METHODS, Data, _grouped, _settings
-
         settings = _settings("fair_mixed_precision", METHODS["fair_mixed_precision"], options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QuantizationWarning)
             return _grouped(Data(loader), settings).groups.numpy()
 
     assert worst(fair) <= worst(plain) + 1e-9 and worst(fair) <= worst(mean) + 1e-9
+
+
+@pytest.mark.parametrize("samples", range(1, 9))
+def test_fair_mixed_precision_forgets_no_group(model, samples):
+    """Whichever group has none of the images that are measured on, and be it the last one, it is named."""
+    images = grouped(60, 12)
+    codes = np.array([0, 1, 2, 0, 1, 2, 3, 0, 1])
+    few = [{"image": images.images[:9], "label": images.labels[:9], "sensitive": {"g": codes}}]
+    options = {"classifier_bits": None, "calibration_samples": 9, "sensitivity_samples": samples}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantizationWarning)
+        drawn = _grouped(Data(few), _settings("fair_mixed_precision", METHODS["fair_mixed_precision"], options))
+        missing = sorted({0, 1, 2, 3} - set(drawn.groups[:samples].tolist()))
+        if missing:
+            with pytest.raises(QuantizationError, match=f"group {missing[0]} has none of the first {samples} images"):
+                apply_quantization(model, "fair_mixed_precision", 4, few, **options)
+        else:
+            quantized = apply_quantization(model, "fair_mixed_precision", 4, few, **options)
+            assert quantized.reports["measurement"].values_LWN.shape[2] == samples
 
 
 def test_fair_mixed_precision_chooses_widths_for_the_worst_group(model, monkeypatch):

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +126,43 @@ def shared(trained, copy_of):
     values = np.random.default_rng(0).random((3, 2, 5), dtype=np.float32)
     table = Sensitivity(("a", "b.c", "d"), (2, 16), values, np.arange(6).reshape(3, 2), "kl", 1.5)
     return lambda: SharedSensitivity(Store(results), "cpu", 1), plan(config)["quantization"][0], table
+
+
+def test_of_cells_at_the_same_time_one_measures_and_the_others_wait(shared):
+    make, cell, table = shared
+    begun, calls = threading.Event(), []
+
+    def measure() -> Sensitivity:
+        calls.append(threading.current_thread().name)
+        begun.set()
+        time.sleep(0.5)
+        return table
+
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(make().once, cell, "f", measure)
+        assert begun.wait(10)
+        others = [make() for _ in range(3)]
+        found = [pool.submit(other.once, cell, "f", measure) for other in others]
+        assert first.result().layers == table.layers
+        assert all(np.array_equal(each.result().values_LWN, table.values_LWN) for each in found)
+    assert len(calls) == 1 and all(other.spent > 0.2 for other in others)
+    assert [path.suffix for path in make().path(cell, "f").parent.iterdir()] == [".npz"]
+
+
+def test_a_measurement_that_fails_blocks_nobody(shared):
+    make, cell, table = shared
+    with pytest.raises(MemoryError):
+        make().once(cell, "f", lambda: (_ for _ in ()).throw(MemoryError()))
+    assert make().once(cell, "f", lambda: table) is table
+
+
+def test_a_results_folder_that_is_gone_is_not_made_again(shared):
+    make, cell, table = shared
+    one = make()
+    path = one.path(cell, "f")
+    shutil.rmtree(one.store.root)
+    one.path = lambda *_: path
+    assert one.once(cell, "f", lambda: table) is table and not one.store.root.exists()
 
 
 def test_a_table_comes_back_as_it_was(shared):
