@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from config import Config
 from execution.cells import FATAL, CellReport, CellResult, Compute, Job, Outcome, Prepare, as_record, one_line
 from execution.executors import open_executor
+from execution.run_lock import record_of
 from execution.run_log import RunLog
 from execution.tracking import Tracker
 from plan import Cell
@@ -161,7 +162,10 @@ def run_cells(
         todo = report.chosen(todo)
     report.start(phase, len(cells), done, len(todo))
     write_again = time.monotonic() + TABLE_SECONDS
-    job = Job(prepare, config, str(store.root.absolute()), device, f"{phase}-{os.getpid()}-{next(_runs)}")
+    token = f"{phase}-{os.getpid()}-{next(_runs)}"
+    record = record_of(store.root)
+    owner = record.read_bytes() if record.exists() else None
+    job = Job(prepare, config, str(store.root.absolute()), device, token, owner)
     executor = report.executor or open_executor(config, device)
     try:
         compute = prepare(config, store, device, data) if executor.is_here else None

@@ -115,11 +115,15 @@ class Store:
             try:
                 os.stat(self.root / "environment.json")
             except OSError:
-                raise StoreError(
-                    f"{self.root}: the results folder is gone (deleted, moved or unmounted, or its environment.json "
-                    "is); put it back and run the same command again, which goes on with the cells finished in it"
-                ) from None
+                raise StoreError(self.gone()) from None
         return self.root.joinpath(*parts)
+
+    def gone(self) -> str:
+        """What is said of a folder that was there and is not any more."""
+        return (
+            f"{self.root}: the results folder is gone (deleted, moved or unmounted, or its environment.json is); put "
+            "it back and run the same command again, which goes on with the cells finished in it"
+        )
 
     def record_path(self, cell: str) -> Path:
         return self.place("cells", f"{cell}.json")

@@ -11,10 +11,12 @@ import contextlib
 import gc
 import linecache
 import os
+import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import threadpoolctl
@@ -23,6 +25,7 @@ import torch.fx
 
 from config import Config, ConfigError
 from datasets import DataError
+from execution.run_lock import record_of
 from execution.run_log import peak_memory_mb, reset_peak_memory, worker_name
 from models import CheckpointError
 from plan import Cell
@@ -34,6 +37,7 @@ MEMORY_HINT = (
     "memory, and run the same command again"
 )
 PROGRESS_SECONDS = 0.1  # between two messages of how far a cell is
+PATIENCE = 70.0  # seconds that a machine may take to see a file that another one has just written: NFS, at most 60
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Job:
     results_dir: str
     device: str
     token: str  # another one for each phase of each run
+    owner: bytes | None = None  # what .lock.json in the results folder holds: by this a worker knows it
     folder: str = field(default_factory=os.getcwd)  # which relative paths of the config are of
 
 
@@ -105,6 +110,7 @@ class CellReport:
 def compute_cell(cell: Cell, compute: Compute, job: Job, tell: Tell) -> Outcome:
     """The cell's outcome, also where it fails; raises what is FATAL, and PoisonedError. Meanwhile a mark in the results
     folder says who computes it."""
+    _check_folder(job)
     with Store(job.results_dir).mark_running(cell.id), _forgetting_sources():
         return _compute(cell, compute, job.config, tell)
 
@@ -184,12 +190,34 @@ def prepared(job: Job) -> Compute:
     global _prepared
     if _prepared is None or _prepared[0] != job.token:
         _prepared = None  # what the phase before held
+        _check_folder(job, PATIENCE)
         os.chdir(job.folder)
         _prepared = (job.token, job.prepare(job.config, Store(job.results_dir), job.device, None))
     return _prepared[1]
 
 
 _prepared: tuple[str, Compute] | None = None
+
+
+def _check_folder(job: Job, patience: float = 0.0) -> None:
+    """StoreError where the results folder is not the run's, such as one below a disk that is not mounted here: what is
+    written there would be lost. `patience` (seconds) is for a network file system that has not heard of the run yet."""
+    deadline = time.monotonic() + patience
+    while job.owner is not None:
+        try:
+            if record_of(Path(job.results_dir)).read_bytes() == job.owner:
+                return
+        except OSError:
+            if patience == 0.0:  # it was there once; somebody may have deleted it, which does not matter
+                if not (Path(job.results_dir) / "environment.json").exists():
+                    raise StoreError(Store(job.results_dir).gone()) from None
+                return
+        if time.monotonic() >= deadline:
+            raise StoreError(
+                f"{job.results_dir} on {platform.node()} is not the results folder of this run: it must be one folder, "
+                "on a file system that every machine shares, mounted there under the same path"
+            )
+        time.sleep(min(1.0, patience / 10))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from config import Config
-from execution.run_lock import owner_of
+from execution.run_lock import SILENCE, owner_of, seconds_silent
 from execution.run_log import RunLog
 from owners import Owner
 from phases import complete
@@ -53,6 +53,8 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
     planned = plan(config)
     owner = owner_of(store.root)
     is_run = owner is not None and owner.is_alive() is not False
+    if is_run and not owner.is_here:
+        is_run = seconds_silent(store.root, now.timestamp()) <= SILENCE
     running = dict(_running(store, is_run))
     is_analysing = running.pop(ANALYSIS, None) is not None
     at_a_time = len(running) or (config.run.jobs if config.run.executor != "serial" else 1)

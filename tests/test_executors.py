@@ -3,6 +3,7 @@
 The computations that fail on purpose are functions of this module, which the workers import.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -27,6 +28,7 @@ except ImportError:
 
 import main
 from config import ConfigError, load_config
+from execution import cells
 from execution.cells import (
     CellResult,
     Job,
@@ -37,6 +39,7 @@ from execution.cells import (
     reset_peak_memory,
 )
 from execution.executors import Processes, Serial, chosen, gpus_of_jobs, open_executor
+from execution.run_lock import only_run, owner_of, record_of
 from plan import Cell
 from runner import Report, run_cells
 from store import TIMING_COLUMNS, Store, StoreError
@@ -564,6 +567,42 @@ def test_the_peak_is_that_of_the_cell():
     del block
     reset_peak_memory()
     assert abs(peak_memory_mb() - before) < 10
+
+
+@pytest.mark.parametrize("there", ["another run", "a clone", "nothing"])
+def test_a_worker_takes_no_other_folder_for_the_results_folder(there, tmp_path, monkeypatch):
+    """Such as the one below a disk that is not mounted on its machine: what it trained would be lost."""
+    monkeypatch.setattr(cells, "PATIENCE", 0.05)
+    monkeypatch.setattr(cells, "_prepared", None)
+    cell = Cell("c", "baseline", "synthetic", "squeezenet1_1", 0, "fp32")
+    mounted, below = tmp_path / "mounted", tmp_path / "below"
+    prepared = []
+
+    def prepare(config, store, device, data):
+        prepared.append(store.root)
+        return lambda cell, report: CellResult({}, [])
+
+    for root in (mounted, below):
+        if root is mounted or there == "another run":
+            Store(root).prepare("")
+    (below / "logs").mkdir(parents=True)
+    with contextlib.ExitStack() as both:
+        both.enter_context(only_run(Store(mounted)))
+        owner = record_of(mounted).read_bytes()
+        if there == "another run":
+            other = dataclasses.replace(owner_of(mounted), pid=1)
+            record_of(below).write_text(json.dumps(dataclasses.asdict(other)))
+        job = cells.Job(prepare, load_config(None, []), str(below), "cpu", "token", owner, str(tmp_path))
+        before = sorted(below.rglob("*"))
+        with pytest.raises(StoreError, match=r"below on \S+ is not the results folder of this run"):
+            cells.prepared(job)
+        assert prepared == []
+        # a worker that had begun, and whose disk is unmounted since
+        compute = cells.prepared(dataclasses.replace(job, results_dir=str(mounted)))
+        with pytest.raises(StoreError, match="not the results folder" if there == "another run" else "folder is gone"):
+            compute_cell(cell, compute, job, lambda *_: None)
+        assert sorted(below.rglob("*")) == before
+        assert compute_cell(cell, compute, dataclasses.replace(job, results_dir=str(mounted)), lambda *_: None).row
 
 
 def test_a_cell_leaves_no_source_code_behind(tmp_path):

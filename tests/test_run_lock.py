@@ -164,12 +164,63 @@ def test_another_machines_run_counts_even_where_its_lock_does_not(tmp_path):
         pytest.fail("both would run")
     message = str(caught.value)
     assert "process 4711 on node17 since 2026-01-02T03:04:05.000Z" in message and "\n" not in message
-    assert f"delete {record} and run again" in message
+    assert f"if it is no longer running, run again in 3 minutes, or delete {record} now" in message
     assert record.exists()
     record.unlink()
     with only_run(store):
         assert owner_of(store.root) == dataclasses.replace(Owner.this_process(), since=owner_of(store.root).since)
     assert not record.exists()
+
+
+@pytest.mark.parametrize("seconds, dies", [(run_lock.SILENCE - 30, False), (run_lock.SILENCE + 30, True)])
+def test_a_machine_that_died_blocks_nobody_for_long(seconds, dies, tmp_path, capsys, config, monkeypatch):
+    """A container that starts again has another name; its lock is free, and nobody touches its record any more."""
+    store = Store(tmp_path / "results")
+    store.prepare("")
+    theirs = dataclasses.replace(Owner.this_process(), host="container-1", pid=1)
+    record = store.root / ".lock.json"
+    record.write_text(json.dumps(dataclasses.asdict(theirs)))
+    last = time.time() - seconds
+    os.utime(record, (last, last))
+    told = json.loads(ask(capsys, config, store.root, "--status", "--json"))
+    assert (told["run"] is None) is dies and (told["died"] is not None) is dies
+    if dies:
+        with only_run(store):
+            assert owner_of(store.root).pid == os.getpid()
+    else:
+        with pytest.raises(StoreError, match="container-1"), only_run(store):
+            pytest.fail("both would run")
+    assert not list(store.root.glob(".clock*"))
+
+
+def test_a_run_says_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT", 0.02)
+    store = Store(tmp_path / "results")
+    with only_run(store):
+        record = store.root / ".lock.json"
+        os.utime(record, (0, 0))
+        deadline = time.monotonic() + 10
+        while record.stat().st_mtime < 1e9 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.time() - record.stat().st_mtime < 60
+    time.sleep(0.1)
+    assert not record.exists()  # a beat does not make it again
+
+
+def test_silence_says_nothing_where_there_are_no_locks(tmp_path, monkeypatch):
+    import filelock
+
+    def no_locks(*args, **kwargs):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    store = Store(tmp_path / "results")
+    store.prepare("")
+    theirs = dataclasses.replace(Owner.this_process(), host="node17", pid=1)
+    (store.root / ".lock.json").write_text(json.dumps(dataclasses.asdict(theirs)))
+    os.utime(store.root / ".lock.json", (0, 0))
+    with pytest.raises(StoreError, match="node17"), only_run(store):
+        pytest.fail("both would run")
 
 
 def test_a_run_that_is_alive_counts_though_its_lock_was_deleted(tmp_path):
