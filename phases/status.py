@@ -57,7 +57,7 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
         is_run = seconds_silent(store.root, now.timestamp()) <= SILENCE
     running = dict(_running(store, is_run))
     is_analysing = running.pop(ANALYSIS, None) is not None
-    at_a_time = len(running) or (config.run.jobs if config.run.executor != "serial" else 1)
+    at_a_time = _at_a_time(config, entries, running, owner if is_run else None)
     durations = _Durations(entries, planned, store)
     status: dict[str, Any] = {
         "results_dir": str(store.root),
@@ -71,7 +71,7 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
     broken: set[str] = set()
     for phase, cells in planned.items():
         counts = {"cells": len(cells), "done": 0, "failed": 0, "running": 0, "to_do": 0}
-        left, unknown = 0.0, 0
+        left, longest, unknown = 0.0, 0.0, 0
         for cell in cells:
             state, error = _state(cell, config, store, running)
             counts[state] += 1
@@ -90,10 +90,11 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
                 unknown += 1
             else:
                 left += max(expected - elapsed, 0.0)
+                longest = max(longest, expected - elapsed)
         is_known = unknown < counts["running"] + counts["to_do"] or counts["running"] + counts["to_do"] == 0
         status["phases"][phase] = counts | {
             "seconds_spent": durations.spent(phase, {cell.id for cell in cells}),
-            "seconds_left": left / at_a_time if is_known else None,
+            "seconds_left": max(left / at_a_time, longest) if is_known else None,
             "cells_of_unknown_length": unknown,
         }
     status["analysis"] = _analysis(entries, config, store)
@@ -152,6 +153,22 @@ def _running(store: Store, is_run: bool) -> Iterator[tuple[str, Owner]]:
     for cell, owner in store.marked():
         if owner is not None and (is_run if (alive := owner.is_alive()) is None else alive):
             yield cell, owner
+
+
+def _at_a_time(config: Config, entries: list[dict], running: Mapping[str, Owner], run: Owner | None) -> int:
+    """How many cells the run computes at once: the most that it was seen to, since at the end of a phase there are
+    fewer, and Ray's places are the cluster's; without a run, or before its first cells, what the config says."""
+    if run is None or not running:
+        return config.run.jobs if config.run.executor != "serial" else 1
+    moments = [(owner.since, 1) for owner in running.values()]
+    for entry in entries:
+        if entry["cell"] is not None and entry["start"] and entry["end"] and entry["start"] >= run.since:
+            moments += [(entry["start"], 1), (entry["end"], -1)]
+    most = now = 0
+    for _, step in sorted(moments):  # times of one form, which sort as text; of equal ones the end comes first
+        now += step
+        most = max(most, now)
+    return most
 
 
 def _told(owner: Owner, now: datetime) -> dict[str, Any]:

@@ -122,6 +122,28 @@ def test_a_running_cell_and_two_at_a_time(half):
     assert late["phases"]["quantization"]["seconds_left"] == 2 * 9 / 2  # later than usual is not less than nothing
 
 
+def test_the_last_cells_of_a_phase_do_not_make_the_run_a_slow_one(half):
+    """Four at a time, of which one long one is left: the next phase will have four at a time again."""
+    store, cell = half
+    run = dataclasses.replace(Owner.this_process(), since=utc(NOW - timedelta(seconds=100)))
+    (store.root / ".lock.json").write_text(json.dumps(dataclasses.asdict(run)))
+    logged(store, **{cell["mobilenet_v2", 0]: 40.0, cell["mobilenet_v2", 0, 8]: 30.0, cell["resnet50", 0, 8]: 9.0})
+    log = RunLog(store)
+    for name, seconds in ((cell["mobilenet_v2", 0, 8], 30.0), (cell["resnet50", 0, 8], 9.0)):
+        for _ in range(2):  # before this run too, which does not count; and one after the other, which counts as one
+            log.record({"cell": name, "status": "done", "start": 100.0, "end": 400.0, "seconds": seconds})
+    start = (NOW - timedelta(seconds=90)).timestamp()
+    for name in (cell["mobilenet_v2", 0, 8], cell["resnet50", 0, 8], cell["mobilenet_v2", 0]):
+        log.record({"cell": name, "status": "failed", "start": start, "end": start + 10, "seconds": 10.0})
+        log.record({"cell": name, "status": "failed", "start": start + 10, "end": start + 20, "seconds": 10.0})
+    last = dataclasses.replace(run, since=utc(NOW - timedelta(seconds=89)))
+    (store.root / "running" / f"{cell['mobilenet_v2', 1, 8]}.json").write_text(json.dumps(dataclasses.asdict(last)))
+    status = study_status(CONFIG, store, NOW)
+    assert len(status["running"]) == 1 and status["at_a_time"] == 4
+    left = (0 + 30 + 3 * 9) / 4
+    assert status["phases"]["quantization"]["seconds_left"] == max(left, 30)  # the longest takes as long as it takes
+
+
 def test_a_cell_of_another_machine_runs_as_long_as_its_run_does(half):
     store, cell = half
     afar = dataclasses.replace(Owner.this_process(), host="node17")
