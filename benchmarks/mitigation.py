@@ -64,6 +64,8 @@ CALIBRATION_IMAGES = 512
 EXTRA = {"validation": 1500, "test": 7800}  # of FairFace's training images that are not trained on, as many more
 TRAINING = {"epochs": 1, "learning_rate": 1e-3}  # a short training, on all that the float models were trained on
 REPLICATES = 2000
+NEAR = 1.0  # points, between which a whole interval has to lie for a group to be called near FP32
+SAME_OPERATIONS = "inputs of twice the bits"  # the control of what may take twice the bit operations
 LEAST_GROUP = 50  # validation images of a group that may be the worst one
 
 ITERATIONS = {"fairface": 100, "synthetic": 300}  # optimizer steps a block
@@ -652,10 +654,18 @@ def show(study: Study, seeds, setting: str) -> Comparison:
             if (predicted_SN := comparison.predicted(label)) is not None:
                 accuracies = ", ".join(f"{100 * (row == comparison.label_N).mean():.1f}" for row in predicted_SN)
                 print(f"- {label}: accuracy of all, seed by seed: {accuracies}")
-        for line in verdicts(comparison):
+        for line in (*verdicts(comparison), *(partly(study, seeds, setting) if grouping == attributes[:1] else ())):
             print(f"- {line}")
         shown.append(comparison)
     return shown[0]
+
+
+def partly(study: Study, seeds, setting: str) -> Iterator[str]:
+    """Of methods that were measured for some of the seeds, which are not shown."""
+    for label in METHODS:
+        known = [seed for seed in seeds if study.result(study.path(seed, label, setting)) is not None]
+        if known and len(known) < len(seeds):
+            yield f"{label}: measured for {len(known)} of {len(seeds)} seeds, and not shown"
 
 
 def side_by_side(comparisons: Sequence[Comparison]) -> None:
@@ -825,11 +835,16 @@ def verdicts(comparison: Comparison) -> list[str]:
             gain, rest = comparison.difference(chosen, plain), comparison.difference(chosen, "FP32")
             share = comparison.share(chosen)
             group, lost = comparison.worst_of(chosen)
-            lines.append(
+            line = (
                 f"{kind}, chosen on validation: {chosen}: {_interval(gain)} points, {share[0]:.0f} % [{share[1]:.0f}, "
                 f"{share[2]:.0f}] of the loss; against FP32 {_interval(rest)}; its own worst group on test is {group}, "
                 f"{_interval(lost)}"
             )
+            same = SAME_OPERATIONS in measured and _operations(comparison, SAME_OPERATIONS)
+            if same and same == _operations(comparison, chosen):
+                line += f"; against {SAME_OPERATIONS}, of the same operations and without groups, "
+                line += _interval(comparison.difference(chosen, SAME_OPERATIONS))
+            lines.append(line)
         for label in labels:
             if comparison.predicted(label) is None:
                 continue
@@ -840,9 +855,12 @@ def verdicts(comparison: Comparison) -> list[str]:
                 found.append(f"recovers {share:.0f} % [{low:.0f}, {high:.0f}] of the loss ({_interval(gain)} points)")
             elif gain[2] < 0:
                 found.append(f"makes it worse ({_interval(gain)} points)")
-            is_back = rest[1] <= 0 <= rest[2] and rest[2] - rest[1] <= loss[0]
-            if is_back or rest[1] > 0:
-                found.append(f"the group is {'back at' if is_back else 'above'} FP32 ({_interval(rest)})")
+            if rest[1] <= 0 <= rest[2] and rest[2] - rest[1] <= loss[0]:  # which does not say that they are equal
+                found.append(f"not told from FP32, by an interval no wider than the loss ({_interval(rest)})")
+            elif rest[1] > 0:
+                found.append(f"the group is above FP32 ({_interval(rest)})")
+            if rest[1] >= -NEAR and rest[2] <= NEAR:
+                found.append(f"within {NEAR:g} point of FP32 ({_interval(rest)})")
             if found:
                 lines.append(f"{label} ({kind}): {'; '.join(found)}")
     return lines

@@ -84,7 +84,7 @@ def test_what_is_recovered_is_a_share_of_the_loss_with_an_interval(benchmark, st
     assert share == pytest.approx(75.0) and 50 < low < 75 < high < 100
     assert comparison.gains("output calibration") == pytest.approx([7.5, 7.5])
     told = [line for line in benchmark.verdicts(comparison) if line.startswith("output calibration")]
-    assert len(told) == 1 and "recovers 75 % [" in told[0] and "back at FP32" not in told[0]
+    assert len(told) == 1 and "recovers 75 % [" in told[0] and "FP32" not in told[0]
 
 
 def test_a_repair_that_does_nothing_or_harm_is_not_said_to_recover(benchmark, study):
@@ -100,7 +100,32 @@ def test_one_that_is_back_at_fp32_is_said_to_be(benchmark, study):
     study.write("distillation", {"validation": (390, 400), "test": (300, 399)})
     comparison = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
     (told,) = [line for line in benchmark.verdicts(comparison) if line.startswith("distillation")]
-    assert "the group is back at FP32" in told
+    assert "not told from FP32, by an interval no wider than the loss" in told and "within 1 point of FP32" in told
+
+
+@pytest.mark.parametrize("operations", [20, 30])
+def test_a_choice_by_groups_is_compared_with_the_same_operations_without_groups(benchmark, study, operations):
+    study.write("input widths, twice the operations", {"validation": (400, 395), "test": (390, 390)})
+    study.write("inputs of twice the bits", {"validation": (400, 395), "test": (390, 380)})
+    for seed in (0, 1):
+        path = study.path(seed, "inputs of twice the bits", SETTING)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bit_operations": operations}))
+        path = study.path(seed, "input widths, twice the operations", SETTING)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bit_operations": 20}))
+    (told,) = [
+        line
+        for line in benchmark.verdicts(benchmark.Comparison(study, (0, 1), SETTING, ["skin"]))
+        if "chosen on validation" in line
+    ]
+    same = "against inputs of twice the bits, of the same operations and without groups, +2.5 ["
+    assert (same in told) is (operations == 20)
+
+
+def test_what_some_seeds_lack_is_said(benchmark, study):
+    study.write("distillation", {"validation": (390, 400), "test": (300, 399)}, seeds=[1])
+    comparison = benchmark.Comparison(study, (0, 1), SETTING, ["skin"])
+    assert not any(line.startswith("distillation") for line in benchmark.verdicts(comparison))
+    assert list(benchmark.partly(study, (0, 1), SETTING)) == ["distillation: measured for 1 of 2 seeds, and not shown"]
 
 
 def test_plain_methods_that_are_missing_are_named_and_refused_ones_left_out(benchmark, study):
