@@ -235,6 +235,7 @@ OFF = {
     "rounding": "nearest",
     "backend": "x86",
     "reduce_range": False,
+    "precision": "auto",
 }
 
 

@@ -64,6 +64,7 @@ CALIBRATION_IMAGES = 512
 EXTRA = {"validation": 1500, "test": 7800}  # of FairFace's training images that are not trained on, as many more
 TRAINING = {"epochs": 1, "learning_rate": 1e-3}  # a short training, on all that the float models were trained on
 REPLICATES = 2000
+LATER = {"precision": "auto"}  # settings that came after results were kept, whose keys have nothing of them
 NEAR = 1.0  # points, between which a whole interval has to lie for a group to be called near FP32
 SAME_OPERATIONS = "inputs of twice the bits"  # the control of what may take twice the bit operations
 LEAST_GROUP = 50  # validation images of a group that may be the worst one
@@ -229,6 +230,7 @@ class Study:
         if setting is not None:
             method, options, draw, (weight_bits, activation_bits) = self.asked(label, setting)
             settings = methods._settings(method, methods.METHODS[method], options)
+            settings = {key: value for key, value in settings.items() if (key, value) not in LATER.items()}
             done = [method, settings, draw, activation_bits, CALIBRATION_IMAGES, torch.get_num_threads()]
             done += [] if weight_bits == int(setting[1]) else [weight_bits]
         if label in WITHOUT_TRAINING or label in WITH_TRAINING:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pydantic
 from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from evaluation import as_batch
 from fairness_losses import (
@@ -187,9 +188,7 @@ def _trained(make_loss: Callable[[nn.Module, Groups, dict], Loss], has_balanced_
 
     def run(model: nn.Module, data: Data, weight_bits: int, activation_bits: int, options: dict) -> QuantizedModel:
         train_data = _training_data(data, options)
-        # of the whole split: an epoch may leave the last, smaller batch out
-        counted = train_data.annotations() if hasattr(train_data, "annotations") else train_data
-        groups = Groups.of(counted, options["attributes"])
+        groups = Groups.of(_whole(train_data), options["attributes"])
         quantized = _started(model, data, weight_bits, activation_bits, options)
         loader = train_data
         if has_balanced_batches:
@@ -197,10 +196,10 @@ def _trained(make_loss: Callable[[nn.Module, Groups, dict], Loss], has_balanced_
         score = None
         if options["best_epoch"] == "worst_group" and data.validation is not None:
             try:
-                largest = int(Groups.of(data.validation, options["attributes"]).counts.max())
+                counts_G = Groups.of(data.validation, options["attributes"]).counts
             except GroupError as error:
                 raise QuantizationError(f"validation_data: {error}") from None
-            score = worst_group_accuracy_score(groups, min(LEAST_GROUP, largest))
+            score = worst_group_accuracy_score(groups, LEAST_GROUP if (counts_G >= LEAST_GROUP).sum() > 1 else 1)
         loss = make_loss(model, groups, options)
         fine_tune(
             quantized, loader, data.validation, _training_settings(options), loss=loss, score=score,
@@ -212,7 +211,23 @@ def _trained(make_loss: Callable[[nn.Module, Groups, dict], Loss], has_balanced_
     return run
 
 
-LEAST_GROUP = 20  # validation images of a group whose accuracy may choose the best epoch, where there are so large ones
+LEAST_GROUP = 20  # validation images of a group whose accuracy may choose the best epoch, where two have so many
+
+
+def _whole(train_data: Iterable) -> Iterable:
+    """What its groups are counted in: all images, where an epoch leaves the last, smaller batch out."""
+    if hasattr(train_data, "annotations"):
+        return train_data.annotations()
+    if not isinstance(train_data, DataLoader) or not train_data.drop_last:
+        return train_data
+    if not isinstance(train_data.sampler, (RandomSampler, SequentialSampler)):  # which chooses its images
+        return train_data
+    return DataLoader(
+        train_data.dataset,
+        batch_size=train_data.batch_size,
+        collate_fn=train_data.collate_fn,
+        num_workers=train_data.num_workers,
+    )
 
 
 def _training_data(data: Data, options: dict) -> Iterable:

@@ -84,6 +84,7 @@ class QAT(Calibrated):
     warmup_epochs: NonNegativeFloat = 0.1
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     gradient_clip: PositiveFloat | None = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, and on a CPU that has it where it pays
     max_train: PositiveInt | None = None  # train on at most so many images
 
 

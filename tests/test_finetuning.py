@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from evaluation import predict
 from fairness_losses import (
@@ -20,7 +21,7 @@ from fairness_losses import (
     worst_group_accuracy_score,
 )
 from fairness_metrics import compute_fairness_metrics
-from quantizers import ptq
+from quantizers import methods, ptq
 from quantizers.bias_correction import correct_biases
 from quantizers.finetuning import fine_tune
 from quantizers.modules import DynamicActivationQuantizer, QuantizedModel
@@ -454,3 +455,52 @@ def test_the_epoch_of_the_best_worst_group_is_kept(start):
     scores = [epoch["validation_score"] for epoch in result.log]
     assert result.best_score == max(scores) == scores[result.best_epoch - 1]
     assert score(predict(quantized, VALIDATION)) == pytest.approx(result.best_score)
+
+
+@pytest.mark.parametrize("sizes, least", [((30, 5), 1), ((30, 25, 5), 20), ((9, 8), 1)])
+def test_the_worst_group_that_chooses_is_one_of_several(trained, monkeypatch, sizes, least):
+    """Two groups of 20 images at least, or all groups: never the accuracy of the one large group alone."""
+    asked = []
+    monkeypatch.setattr(methods, "worst_group_accuracy_score", lambda groups, size: asked.append(size))
+    (batch,) = shortcut(sum(sizes), 3)[:1] if sum(sizes) <= 32 else [_joined(shortcut(sum(sizes), 3))]
+    batch["sensitive"] = {"gender": torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))}
+    methods.apply_quantization(
+        trained, "group_dro", 4, TRAIN, train_data=TRAIN, validation_data=[batch], calibration_samples=32, epochs=1,
+        reconstruction_iterations=1,
+    )  # fmt: skip
+    assert asked == [least]
+
+
+def _joined(batches: list[dict]) -> dict:
+    sensitive = {name: torch.cat([batch["sensitive"][name] for batch in batches]) for name in batches[0]["sensitive"]}
+    return {key: torch.cat([batch[key] for batch in batches]) for key in ("image", "label")} | {"sensitive": sensitive}
+
+
+def test_groups_are_counted_in_all_images_though_an_epoch_leaves_some_out():
+    """Else the weights are those of one shuffle, and a small group may turn up in the middle of the training."""
+    whole = _joined(shortcut(65, 1))
+    whole["sensitive"]["gender"][:] = torch.arange(65) % 2
+    whole["sensitive"]["gender"][64] = 2
+    items = [
+        {
+            "image": whole["image"][i],
+            "label": whole["label"][i],
+            "sensitive": {"gender": whole["sensitive"]["gender"][i]},
+        }
+        for i in range(65)
+    ]
+    loader = DataLoader(items, batch_size=32, drop_last=True)
+    assert len(Groups.of(loader)) == 2 and Groups.of(methods._whole(loader)).counts.tolist() == [32, 32, 1]
+    shuffled = DataLoader(items, batch_size=32, drop_last=True, shuffle=True)
+    assert Groups.of(methods._whole(shuffled)).counts.tolist() == [32, 32, 1]
+    chosen = DataLoader(items, batch_size=32, drop_last=True, sampler=torch.utils.data.SubsetRandomSampler(range(64)))
+    assert methods._whole(chosen) is chosen  # it trains on these alone
+
+
+@pytest.mark.parametrize("method", ["qat", "group_dro"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_trains_in_the_precision_that_is_asked_for(trained, method, precision):
+    quantized = methods.apply_quantization(
+        trained, method, 4, TRAIN, train_data=TRAIN, calibration_samples=32, epochs=1, precision=precision
+    )
+    assert {epoch["precision"] for epoch in quantized.reports["training"]["log"]} == {precision}

@@ -258,3 +258,14 @@ def test_entries_are_merged_over_their_section():
         "mitigation.group_dro.start=sensitive_layers",
     )
     assert merged.options["start_options"] == {"layer_share": 0.4}
+
+
+def test_the_precision_of_a_training_is_part_of_its_cell_where_it_is_asked_for():
+    (left,), (asked,) = (
+        [
+            cell
+            for cell in planned(*SMALL, "quantization.methods=[{method: qat, bit_widths: [4]}]", *more)["quantization"]
+        ]
+        for more in ((), ("quantization.qat.precision=fp32",))
+    )
+    assert "precision" not in left.options and asked.options["precision"] == "fp32" and left.id != asked.id
