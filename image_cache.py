@@ -16,10 +16,12 @@ import json
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL
@@ -32,6 +34,7 @@ except ImportError:  # Windows: two writers then both do the work, and the first
 
 DECODER = f"draft-centre-bilinear-1, pillow {PIL.__version__}"  # change it when decode_image changes
 CHUNK_BYTES = 8 << 20  # decoded images held at a time
+LOCK_TICK = 0.05  # seconds between two looks at a lock that another process holds
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -244,17 +247,30 @@ def _sync(file) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds the writer's lock of one cache (the kernel drops it when a process dies); yields whether it was got."""
+    """Holds the writer's lock of one cache (the kernel drops it when a process dies); yields whether it was got.
+
+    It is waited for by looking again and again: a worker that waits in flock itself would hear no signal, and could not
+    stand still where another one measures a latency (execution/quiet.py). The writer then stands still too, so that
+    the three of them would wait for one another.
+    """
     if fcntl is None:
         yield True
         return
     with folder.with_name(f".{folder.name}.lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+        while not _is_got(file):
+            if not wait:
+                yield False
+                return
+            time.sleep(LOCK_TICK)
         yield True
+
+
+def _is_got(file: IO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_leftovers(cache: Path) -> None:

@@ -488,6 +488,60 @@ def test_no_cell_computes_while_another_measures(tmp_path):
             process.communicate()
 
 
+DECODES = """
+import sys, time
+from pathlib import Path
+import numpy as np
+import image_cache
+from execution import quiet
+folder, cache, at, measuring = map(Path, sys.argv[1:])
+def blocks():
+    at.touch()
+    while not measuring.exists():
+        time.sleep(0.01)
+    time.sleep(1)  # within which the gate is closed and this process stands still
+    yield image_cache.Block(np.zeros((1, 2, 2, 3), np.uint8))
+with quiet.computing(folder):
+    at.touch()
+    image_cache.cached_images(cache, "shared", {}, 1, 2, blocks)
+"""
+MEASURES_ONCE = """
+import sys
+from pathlib import Path
+from execution import quiet
+with quiet.computing(Path(sys.argv[1])):
+    Path(sys.argv[2]).touch()
+    with quiet.alone():
+        pass
+"""
+
+
+@pytest.mark.skipif(fcntl is None, reason="cells pause by flock")
+def test_who_waits_for_decoded_images_stands_still_too(tmp_path):
+    """One decodes, another one waits for its images, and a third measures: none of them waits for ever."""
+    measuring = tmp_path / "measuring"
+    others = []
+
+    def start(code: str, *names: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)]
+        others.append(subprocess.Popen(command, cwd=ROOT))
+        return others[-1]
+
+    try:
+        for name in ("decodes", "waits"):
+            start(DECODES, "locks", "cache", name, "measuring")
+            until((tmp_path / name).exists)
+        time.sleep(0.5)  # by then the second one is at the lock
+        start(MEASURES_ONCE, "locks", "measuring")
+        until(measuring.exists)
+        until(lambda: all(process.poll() is not None for process in others), 30)
+        assert [process.returncode for process in others] == [0, 0, 0]
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
+
+
 # ------------------------------------------------------------------------------------------------------------ in detail
 
 
