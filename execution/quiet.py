@@ -9,7 +9,12 @@ TICK seconds, from a signal handler, that is: between two operations; where the 
 until it opens. Who measures closes the gate, waits until the room is empty, and has it alone.
 
 Locks of a dead process are released by the kernel, so that nobody waits for a worker that was killed. What is waited
-for is at most the longest single operation of the others. Without flock (Windows) nothing is paused.
+for is the longest single operation of the others. A worker that hangs, or was stopped, is waited for PAUSE_SECONDS, or
+MEASURE_SECONDS where it was measuring itself, and no longer: then the others measure, or compute, beside it, and a
+measurement that was perhaps not alone says so. Without flock (Windows) nothing is paused.
+
+A system call that a signal interrupts is started again by the kernel, before Python sees the signal: a worker must not
+wait for another process in such a call (flock, or a write to a full pipe), but look again and again.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,15 @@ except ImportError:
     fcntl = None
 
 TICK = 0.05  # seconds between two looks at the gate
+PAUSE_SECONDS = 180.0  # that a cell has for pausing, before a measurement begins all the same
+MEASURE_SECONDS = 600.0  # that a measurement has, before cells compute all the same; more than the above
+
+
+@dataclass
+class Measurement:
+    """What `alone` gives; once it is over, it is known whether it was alone."""
+
+    disturbed: str | None = None  # why it perhaps was not
 
 
 @contextlib.contextmanager
@@ -59,13 +74,14 @@ def computing(folder: Path | None = None, standstill: Any = None) -> Iterator[Ro
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def alone() -> Iterator[Measurement]:
     """Around a measurement of time: no other cell computes. Where no cell runs beside (serial), it does nothing."""
+    measurement = Measurement()
     if _room is None:
-        yield
+        yield measurement
         return
-    with _room.alone():
-        yield
+    with _room.alone(measurement):
+        yield measurement
 
 
 def paused_seconds() -> float:
@@ -100,11 +116,11 @@ class Room:
             self.standstill[:] = [self.standstill[0] + time.monotonic() - start, 0.0]
 
     def enter(self) -> None:
-        """Wait for the gate, and have the room with others."""
+        """Wait for the gate, and have the room with others; where the gate does not open, compute all the same."""
         with self._standing():
-            fcntl.flock(self.gate, fcntl.LOCK_SH)
-            fcntl.flock(self.room, fcntl.LOCK_SH)
-            fcntl.flock(self.gate, fcntl.LOCK_UN)
+            if self._pass_gate(fcntl.LOCK_SH):
+                fcntl.flock(self.room, fcntl.LOCK_SH)  # at once: who has it alone has closed the gate
+                fcntl.flock(self.gate, fcntl.LOCK_UN)
 
     @contextlib.contextmanager
     def ticking(self) -> Iterator[None]:
@@ -118,15 +134,24 @@ class Room:
             signal.signal(signal.SIGALRM, before)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, measurement: Measurement) -> Iterator[None]:
         self._arm(0)
         fcntl.flock(self.room, fcntl.LOCK_UN)  # or two that want to measure would wait for one another
         with self._standing():
-            fcntl.flock(self.gate, fcntl.LOCK_EX)
-            fcntl.flock(self.room, fcntl.LOCK_EX)
+            if not self._pass_gate(fcntl.LOCK_EX):
+                measurement.disturbed = f"another measurement did not end within {MEASURE_SECONDS:g} s"
+            else:
+                os.utime(self.gate)
+                if not _is_got(self.room, fcntl.LOCK_EX, PAUSE_SECONDS):
+                    measurement.disturbed = f"a cell did not pause within {PAUSE_SECONDS:g} s"
+        start = time.monotonic()
+        if measurement.disturbed is None:
+            os.utime(self.gate)  # the others have waited for the room to be empty; from now on for the measurement
         try:
             yield
         finally:
+            if measurement.disturbed is None and time.monotonic() - start > MEASURE_SECONDS:
+                measurement.disturbed = f"it took more than {MEASURE_SECONDS:g} s, and no cell waits longer"
             fcntl.flock(self.room, fcntl.LOCK_UN)
             fcntl.flock(self.gate, fcntl.LOCK_UN)
             self.enter()
@@ -136,11 +161,28 @@ class Room:
         os.close(self.gate)
         os.close(self.room)
 
+    def _pass_gate(self, kind: int) -> bool:
+        """Wait for the gate; False where the same measurement has kept it closed for too long."""
+        global _given_up
+        closed, start = self._closed(), time.monotonic()
+        while not _is_got(self.gate, kind):
+            if self._closed() != closed:  # by another one
+                closed, start = self._closed(), time.monotonic()
+            if closed == _given_up or time.monotonic() - start > MEASURE_SECONDS:
+                _given_up = closed
+                return False
+            time.sleep(TICK)
+        return True
+
+    def _closed(self) -> int:
+        """When the gate was closed for the last time, which is the name of a measurement."""
+        return os.fstat(self.gate).st_mtime_ns
+
     def _look(self, *_) -> None:
-        try:
-            fcntl.flock(self.gate, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if _is_got(self.gate, fcntl.LOCK_SH):
+            fcntl.flock(self.room, fcntl.LOCK_SH)  # for who had not waited for the gate
             fcntl.flock(self.gate, fcntl.LOCK_UN)
-        except BlockingIOError:
+        elif self._closed() != _given_up:
             torch = sys.modules.get("torch")
             if torch is not None and torch.cuda.is_initialized():
                 torch.cuda.synchronize()  # what is queued on the GPU runs on without this process
@@ -153,4 +195,19 @@ class Room:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def _is_got(file: int, kind: int, seconds: float = 0.0) -> bool:
+    """Whether the lock can be had, at once or within so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(TICK)
+        else:
+            return True
+
+
 _room: Room | None = None
+_given_up: int | None = None  # the measurement that this process no longer waits for

@@ -32,6 +32,7 @@ from store import DEPLOYED_COLUMNS, Store, StoreError, write_errors
 
 BATCHES = (1, 32)  # of the latencies
 SINGLES = 4  # passes of one image for each pass of a batch
+DISTURBED = "latency_disturbed"  # in a record, beside latencies that were perhaps not measured alone: why
 DEPLOYMENT_COLUMNS = (
     "engine", "provider", "status", "error", "weight_types", "size_mb", "agreement", "latency_ms_b1",
     "latency_p95_ms_b1", "latency_ms_b32", "throughput",
@@ -101,11 +102,12 @@ def deploy(
                     for engine in config.deployment.engines:
                         report.progress(f"running {engine}", 0.97)
                         row, of_groups = _run(
-                            engine, exported, model, cell, example, predictions, names, loader, config, store
+                            engine, exported, model, cell, example, predictions, names, loader, config, store, report
                         )
                         rows.append(row)
                         groups += of_groups
-    return _result(rows, groups, _simulation_costs(model, cell, example, config, store), model_bytes, config)
+    simulation = _simulation_costs(model, cell, example, config, store, report)
+    return _result(rows, groups, simulation, model_bytes, config)
 
 
 def _result(
@@ -113,7 +115,7 @@ def _result(
 ) -> CellResult:
     """The cost columns, which are those of the first engine that ran, or of the simulation; and what is kept.
     `model_bytes` is the length of the file that the config keeps."""
-    columns = dict(simulation)
+    columns = {key: value for key, value in simulation.items() if key != DISTURBED}
     first = next((row for row in rows if row["status"] == "done"), None)
     if first is not None:
         columns |= {key: value for key, value in first.items() if key in DEPENDENT_COLUMNS}
@@ -223,6 +225,7 @@ def _run(
     loader: Iterable,
     config: Config,
     store: Store,
+    report: Any,
 ) -> tuple[dict, list[dict]]:
     """(row, group rows) of one engine."""
     settings = config.deployment
@@ -235,7 +238,10 @@ def _run(
             exported.path if name in own else model, name, threads=config.run.threads_per_cell, **own.get(name, {})
         )
         deployed = predict(engine, loader, "cpu")
-        costs = {"size_mb": exported.size_mb, **_latencies(engine.latency, example, config)}
+        costs = {
+            "size_mb": exported.size_mb,
+            **_latencies(engine.latency, example, config, f"{cell.id}: {name}", report),
+        }
     except FATAL:
         raise
     except Exception as error:  # an engine may raise anything: its row says what
@@ -275,7 +281,7 @@ def _model_place(cell: Cell, config: Config, store: Store) -> Iterator[Path]:
 
 
 def _simulation_costs(
-    model: nn.Module, cell: Cell, example: torch.Tensor, config: Config, store: Store
+    model: nn.Module, cell: Cell, example: torch.Tensor, config: Config, store: Store, report: Any
 ) -> dict[str, Any]:
     """engine, size_mb of the packed tensors' file, and latencies of the simulation."""
     path = store.packed_path(cell.id)
@@ -291,16 +297,17 @@ def _simulation_costs(
     def measured(images, repeats: int) -> Latency:
         return latency(timed, torch.from_numpy(images), repeats)
 
-    return {"engine": "torch", "size_mb": size, **_latencies(measured, example, config)}
+    return {"engine": "torch", "size_mb": size, **_latencies(measured, example, config, f"{cell.id}: torch", report)}
 
 
-def _latencies(measure, example: torch.Tensor, config: Config) -> dict[str, float]:
-    """`measure(x_NCHW, repeats) -> Latency` on one image and on a batch, while no other cell computes."""
+def _latencies(measure, example: torch.Tensor, config: Config, what: str, report: Any) -> dict[str, Any]:
+    """`measure(x_NCHW, repeats) -> Latency` on one image and on a batch, while no other cell computes; where one
+    perhaps did, DISTURBED says why, and so does a line."""
     if not config.deployment.latency:
         return {}
     generator = torch.Generator().manual_seed(0)
     repeats = config.deployment.latency_repeats
-    with quiet.alone():
+    with quiet.alone() as measurement:
         one, many = (
             measure(
                 torch.randn(batch, *example.shape[1:], generator=generator).numpy(),
@@ -308,9 +315,13 @@ def _latencies(measure, example: torch.Tensor, config: Config) -> dict[str, floa
             )
             for batch in BATCHES
         )
-    return {
+    measured = {
         "latency_ms_b1": one.median_ms,
         "latency_p95_ms_b1": one.p95_ms,
         "latency_ms_b32": many.median_ms,
         "throughput": many.throughput,
     }
+    if measurement.disturbed is not None:
+        report.line(f"  {what}: its latency was perhaps not measured alone: {measurement.disturbed}")
+        measured[DISTURBED] = measurement.disturbed
+    return measured

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from fake_study import small_config
 from safetensors import safe_open
 
@@ -28,6 +29,9 @@ import main
 import onnx_export
 from config import load_config
 from deployment import DeploymentError, read_onnx
+from evaluation import Latency
+from execution import quiet
+from phases import deploy
 from phases.deploy import is_complete, is_selected, unmatched_patterns
 from phases.measure import measure_deployed
 from plan import Cell, plan
@@ -735,3 +739,20 @@ def test_killed_during_the_export_and_run_again(finished, tmp_path, quick_export
     assert study(config, results) == 0
     assert not temporaries(results)
     assert_same(results, reference)
+
+
+def test_a_latency_that_was_perhaps_not_measured_alone_says_so(monkeypatch):
+    """In the cell's record and in a line; the columns are those of every other cell."""
+    why, lines = "a cell did not pause within 180 s", []
+    config = load_config(None, [])
+    report = SimpleNamespace(line=lines.append)
+    one = Latency(1, 2.0, 3.0)
+    for disturbed in (None, why):
+        monkeypatch.setattr(
+            quiet, "alone", lambda disturbed=disturbed: contextlib.nullcontext(quiet.Measurement(disturbed))
+        )
+        measured = deploy._latencies(lambda *_: one, torch.zeros(1, 3, 8, 8), config, "w8a8: torch", report)
+        result = deploy._result([], [], {"size_mb": 1.0, **measured}, None, config)
+        assert result.columns.keys() == {"size_mb", *TIMING_COLUMNS[:4]}
+        assert result.extra["simulation"].get("latency_disturbed") == disturbed
+    assert lines == [f"  w8a8: torch: its latency was perhaps not measured alone: {why}"]

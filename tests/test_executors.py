@@ -542,6 +542,65 @@ def test_who_waits_for_decoded_images_stands_still_too(tmp_path):
             process.wait()
 
 
+HURRIED = "from execution import quiet\nquiet.PAUSE_SECONDS, quiet.MEASURE_SECONDS = 2.0, 4.0\n"
+SAYS_WHETHER_ALONE = """
+import sys
+from pathlib import Path
+folder, began = map(Path, sys.argv[1:])
+with quiet.computing(folder):
+    with quiet.alone() as measurement:
+        began.touch()
+        sys.stdin.readline()
+    print(measurement.disturbed)
+"""
+
+
+@pytest.mark.skipif(fcntl is None, reason="cells pause by flock")
+def test_a_worker_that_was_stopped_does_not_stop_the_others(tmp_path):
+    """Neither while it computes nor while it measures; a measurement that was perhaps not alone says so."""
+    counter, began, others = tmp_path / "counter", tmp_path / "began", []
+
+    def start(code: str, path: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", HURRIED + code, str(tmp_path / "locks"), str(path)]
+        others.append(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return others[-1]
+
+    def said(process: subprocess.Popen) -> str:
+        return process.communicate("\n", timeout=60)[0]
+
+    def counted() -> int:
+        return int((counter.read_text() if counter.exists() else "").partition(" ")[0] or 0)
+
+    def goes_on() -> None:
+        reached = counted()
+        until(lambda: counted() > reached + 1, 60)
+
+    try:
+        computing = start(COMPUTES.replace("4_000_000", "400_000"), counter)
+        until(lambda: counted() > 2)
+        computing.send_signal(signal.SIGSTOP)
+        assert said(start(SAYS_WHETHER_ALONE, began)) == "a cell did not pause within 2 s\n"
+        computing.send_signal(signal.SIGCONT)
+        goes_on()
+        assert said(start(SAYS_WHETHER_ALONE, began)) == "None\n"
+        began.unlink()
+        measuring = start(SAYS_WHETHER_ALONE, began)
+        until(began.exists, 60)
+        measuring.send_signal(signal.SIGSTOP)
+        goes_on()
+        assert said(start(SAYS_WHETHER_ALONE, began)) == "another measurement did not end within 4 s\n"
+        measuring.send_signal(signal.SIGCONT)
+        assert said(measuring) == "it took more than 4 s, and no cell waits longer\n"
+        goes_on()
+        with (tmp_path / "locks" / "room").open() as room, pytest.raises(BlockingIOError):
+            fcntl.flock(room, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the next one waits for it again
+        assert start(MEASURES, counter).communicate("go\n", timeout=60)[0] == "True\n"
+    finally:
+        for process in others:
+            process.kill()
+            process.communicate()
+
+
 # ------------------------------------------------------------------------------------------------------------ in detail
 
 
