@@ -129,7 +129,8 @@ def cached_images(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(cache)
-        with _lock(folder, wait=True):
+        waiting = None if progress is None else (lambda: progress(f"{label}: waiting for another process", 0, count))
+        with _lock(folder, wait=True, waiting=waiting):
             found = _open(folder, shape)  # another process may have written it meanwhile
             if found is None:
                 _write(folder, shape, blocks(), label, progress)
@@ -246,8 +247,9 @@ def _sync(file) -> None:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, *, wait: bool) -> Iterator[bool]:
+def _lock(folder: Path, *, wait: bool, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
     """Holds the writer's lock of one cache (the kernel drops it when a process dies); yields whether it was got.
+    `waiting()` is called again and again meanwhile.
 
     It is waited for by looking again and again: a worker that waits in flock itself would hear no signal, and could not
     stand still where another one measures a latency (execution/quiet.py). The writer then stands still too, so that
@@ -261,6 +263,8 @@ def _lock(folder: Path, *, wait: bool) -> Iterator[bool]:
             if not wait:
                 yield False
                 return
+            if waiting is not None:
+                waiting()
             time.sleep(LOCK_TICK)
         yield True
 

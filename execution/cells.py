@@ -25,6 +25,7 @@ import torch.fx
 
 from config import Config, ConfigError
 from datasets import DataError
+from execution import quiet
 from execution.run_lock import record_of
 from execution.run_log import peak_memory_mb, reset_peak_memory, worker_name
 from models import CheckpointError
@@ -117,7 +118,7 @@ def compute_cell(cell: Cell, compute: Compute, job: Job, tell: Tell) -> Outcome:
 
 def _compute(cell: Cell, compute: Compute, config: Config, tell: Tell) -> Outcome:
     threads = config.run.threads_per_cell
-    start, clock = time.time(), time.perf_counter()
+    start, clock, paused = time.time(), time.perf_counter(), quiet.paused_seconds()
     is_own_peak = reset_peak_memory()
     row, groups, extra = {**cell.identity(), "status": "failed", "error": None}, [], {}
     trace = None
@@ -139,9 +140,9 @@ def _compute(cell: Cell, compute: Compute, config: Config, tell: Tell) -> Outcom
             row, groups, extra = as_record(cell, result)
     if trace is not None:
         _free_memory()
-    seconds = time.perf_counter() - clock
+    seconds, paused = time.perf_counter() - clock, quiet.paused_seconds() - paused
     peak = peak_memory_mb() if is_own_peak else None
-    log = log_entry(cell, row, start, seconds, peak_memory_mb=peak, worker=worker_name(), trace=trace)
+    log = log_entry(cell, row, start, seconds, peak_memory_mb=peak, worker=worker_name(), trace=trace, paused=paused)
     return Outcome(row, groups, extra, log)
 
 
@@ -153,14 +154,23 @@ def as_record(cell: Cell, result: CellResult) -> tuple[dict, list[dict], dict]:
 
 
 def log_entry(
-    cell: Cell, row: dict, start: float, seconds: float, *, peak_memory_mb: float | None, worker: str, trace: str | None
+    cell: Cell,
+    row: dict,
+    start: float,
+    seconds: float,
+    *,
+    peak_memory_mb: float | None,
+    worker: str,
+    trace: str | None,
+    paused: float = 0.0,
 ) -> dict:
+    """`paused` of the seconds were not the cell's own, see quiet.off_the_clock."""
     return {
         "cell": cell.id,
         "status": row["status"],
         "start": start,
         "end": start + seconds,
-        "seconds": seconds,
+        "seconds": seconds - paused,
         "peak_memory_mb": peak_memory_mb,
         "worker": worker,
         "error": row["error"],

@@ -412,6 +412,7 @@ def _work(pipe: connection.Connection, standstill: Any) -> None:
         if isinstance(received, Job):
             job = received
             continue
+        standstill[:] = [0.0, 0.0]  # before it is asked for; that of the cell before is read until now
         pipe.send(("started",))
 
         def tell(kind: str, *values: Any) -> None:

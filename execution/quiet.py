@@ -51,14 +51,14 @@ class Measurement:
 def computing(folder: Path | None = None, standstill: Any = None) -> Iterator[Room | None]:
     """Around a cell of a worker, in its main thread: it pauses whenever another one measures.
 
-    `standstill`, two doubles in memory that another process may read, say for how long it has stood still: see
+    `standstill`, two doubles in memory that another process may read, say for how long it was off the clock: see
     `standing`. Where locks cannot be had (no flock, no folder for temporary files), nothing is paused.
     """
-    global _room
-    standstill = [0.0, 0.0] if standstill is None else standstill
-    standstill[:] = [0.0, 0.0]
+    global _room, _standstill
+    _standstill = [0.0, 0.0] if standstill is None else standstill
+    _standstill[:] = [0.0, 0.0]
     try:
-        _room = None if fcntl is None else Room(folder or _default_folder(), standstill)
+        _room = None if fcntl is None else Room(folder or _default_folder())
     except OSError:
         _room = None
     if _room is None:
@@ -84,13 +84,28 @@ def alone() -> Iterator[Measurement]:
         yield measurement
 
 
+@contextlib.contextmanager
+def off_the_clock() -> Iterator[None]:
+    """Around what is not the cell's own time: standing still, and making what cells share."""
+    standstill = _standstill
+    if standstill[1]:  # within another one: it stands still while it makes something
+        yield
+        return
+    standstill[1] = start = time.monotonic()
+    try:
+        yield
+    finally:
+        standstill[:] = [standstill[0] + time.monotonic() - start, 0.0]
+
+
 def paused_seconds() -> float:
-    """For how long the cell that is computed has stood still so far."""
-    return 0.0 if _room is None else standing(_room.standstill)
+    """For how long the cell that is computed has been off the clock so far; in a process that computes many without
+    `computing`, all of them."""
+    return standing(_standstill)
 
 
 def standing(standstill: Sequence[float]) -> float:
-    """Seconds that a cell has stood still: those that are over, and those since it began to, if it does now."""
+    """Seconds that a cell was off the clock: those that are over, and those since it went, if it is now."""
     over, since = standstill
     return over + (time.monotonic() - since if since else 0.0)
 
@@ -100,24 +115,15 @@ def _default_folder() -> Path:
 
 
 class Room:
-    def __init__(self, folder: Path, standstill: Any):
+    def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.gate, self.room = (
             os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for name in ("gate", "room")
         )
-        self.standstill = standstill  # seconds that are over; since when (monotonic), 0 where it computes
-
-    @contextlib.contextmanager
-    def _standing(self) -> Iterator[None]:
-        self.standstill[1] = start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.standstill[:] = [self.standstill[0] + time.monotonic() - start, 0.0]
 
     def enter(self) -> None:
         """Wait for the gate, and have the room with others; where the gate does not open, compute all the same."""
-        with self._standing():
+        with off_the_clock():
             if self._pass_gate(fcntl.LOCK_SH):
                 fcntl.flock(self.room, fcntl.LOCK_SH)  # at once: who has it alone has closed the gate
                 fcntl.flock(self.gate, fcntl.LOCK_UN)
@@ -137,7 +143,7 @@ class Room:
     def alone(self, measurement: Measurement) -> Iterator[None]:
         self._arm(0)
         fcntl.flock(self.room, fcntl.LOCK_UN)  # or two that want to measure would wait for one another
-        with self._standing():
+        with off_the_clock():
             if not self._pass_gate(fcntl.LOCK_EX):
                 measurement.disturbed = f"another measurement did not end within {MEASURE_SECONDS:g} s"
             else:
@@ -210,4 +216,5 @@ def _is_got(file: int, kind: int, seconds: float = 0.0) -> bool:
 
 
 _room: Room | None = None
+_standstill: Any = [0.0, 0.0]  # seconds off the clock that are over; since when (monotonic), 0 where it computes
 _given_up: int | None = None  # the measurement that this process no longer waits for

@@ -12,6 +12,7 @@ import torch
 from config import Config
 from datasets import SPLITS, BatchLoader, FaceDataset, load_dataset
 from evaluation import predict
+from execution import quiet
 from models import build_model, checkpoint_matches, load_checkpoint, save_checkpoint
 from phases import cross_evaluate, deploy
 from phases.measure import measure
@@ -187,7 +188,8 @@ class DatasetCache:
             def decoding(what: str, done: int, total: int) -> None:
                 report.progress(f"{what} {done}/{total}", 0.0)
 
-            dataset = load_dataset(config, name, decoding, only)
+            with quiet.off_the_clock():  # all cells share it, and one of them happens to decode it
+                dataset = load_dataset(config, name, decoding, only)
             for problem in dataset.problems:
                 report.line(f"  {name}: {problem}")
             self.opened[key] = dataset

@@ -26,6 +26,7 @@ try:
 except ImportError:
     fcntl = None
 
+import image_cache
 import main
 from config import ConfigError, load_config
 from execution import cells
@@ -40,6 +41,7 @@ from execution.cells import (
 )
 from execution.executors import Processes, Serial, chosen, gpus_of_jobs, open_executor
 from execution.run_lock import only_run, owner_of, record_of
+from phases.baseline import DatasetCache
 from plan import Cell
 from runner import Report, run_cells
 from store import TIMING_COLUMNS, Store, StoreError
@@ -328,6 +330,45 @@ def test_a_cell_that_stands_still_while_another_measures_is_not_late(tmp_path, m
     run_cells("quantization", [made_up("still", do="compute")], faulty, config, store, Report(quiet=True))
     measuring.join()
     assert stood[0] >= 4 and store.record("still")["row"]["status"] == "done"
+
+
+def opening_data(config, store, device, data=None):
+    """A computation that opens the data set, which takes six seconds to decode, and then does what it is told."""
+    data = DatasetCache(config)
+    write = image_cache._write
+
+    def slowly(folder, shape, blocks, label, progress):
+        if "train" in label:
+            for _ in range(30):
+                time.sleep(0.2)
+                progress(label, 0, 1)
+        write(folder, shape, blocks, label, progress)
+
+    def compute(cell: Cell, report) -> CellResult:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(image_cache, "_write", slowly)
+            data.load("synthetic", report)
+        return faulty(config, store, device)(cell, report)
+
+    return compute
+
+
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_data_that_take_longer_to_decode_than_a_cell_may_take_make_no_cell_late(tiny, tmp_path, request, executor):
+    """Neither the one that decodes nor the one that waits for it; what a cell does then is its own time."""
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    settings = [f"run.executor={executor}", "run.jobs=2", "run.cell_timeout=4", f"data.cache={tmp_path / 'cache'}"]
+    config, store, report = load_config(tiny, settings), Store(tmp_path / "results"), Report(quiet=True)
+    store.prepare("")
+    report.log = Log()
+    cells = [made_up("one", do="nothing"), made_up("late", do="sleep")]
+    run_cells("quantization", cells, opening_data, config, store, report)
+    assert store.record("one")["row"]["error"] is None
+    assert store.record("late")["row"]["error"] == "CellTimeout: timed out after 4 s (run.cell_timeout)"
+    one, late = report.log.entries["one"], report.log.entries["late"]
+    assert one["end"] - one["start"] >= 5 and one["seconds"] < 4  # by which the time that is left is reckoned
+    assert late["end"] - late["start"] >= 9
 
 
 def test_a_cell_that_has_ended_is_not_late_though_it_was_not_heard(tmp_path):
