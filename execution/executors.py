@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -416,7 +417,7 @@ def _work(pipe: connection.Connection, standstill: Any) -> None:
         pipe.send(("started",))
 
         def tell(kind: str, *values: Any) -> None:
-            pipe.send((kind, *values))
+            _send(pipe, (kind, *values))
 
         try:
             with quiet.computing(standstill=standstill):
@@ -428,6 +429,16 @@ def _work(pipe: connection.Connection, standstill: Any) -> None:
             os._exit(1)
         else:
             pipe.send(("ended", outcome))
+
+
+def _send(pipe: connection.Connection, message: tuple) -> None:
+    """Send what a cell tells. A program that was stopped reads nothing; a worker that waits for it in a write to a full
+    pipe would hear no signal, and not stand still while another one measures (quiet.py)."""
+    if hasattr(select, "poll"):
+        room = select.poll()
+        room.register(pipe, select.POLLOUT)
+        room.poll()
+    pipe.send(message)
 
 
 def _end_with_parent() -> None:

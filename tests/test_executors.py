@@ -642,6 +642,36 @@ def test_a_worker_that_was_stopped_does_not_stop_the_others(tmp_path):
             process.communicate()
 
 
+TELLS_NOBODY = """
+import multiprocessing, sys
+from pathlib import Path
+from execution import executors
+here, there = multiprocessing.Pipe()
+folder, began = map(Path, sys.argv[1:])
+with quiet.computing(folder):
+    began.touch()
+    while True:
+        executors._send(there, ("progress", "epoch 1/1", 0.5))
+"""
+
+
+@pytest.mark.skipif(fcntl is None, reason="cells pause by flock")
+def test_a_worker_whose_program_does_not_listen_stands_still_too(tmp_path):
+    """Such as one that was stopped with Ctrl-Z."""
+    telling, measuring = (
+        [sys.executable, "-c", HURRIED + code, str(tmp_path / "locks"), str(tmp_path / name)]
+        for code, name in ((TELLS_NOBODY, "tells"), (SAYS_WHETHER_ALONE, "measures"))
+    )
+    with subprocess.Popen(telling, cwd=ROOT) as process:
+        try:
+            until((tmp_path / "tells").exists)
+            time.sleep(2)  # the pipe is full
+            said = subprocess.run(measuring, cwd=ROOT, input="\n", capture_output=True, text=True, timeout=60)
+            assert said.stdout == "None\n" and process.poll() is None
+        finally:
+            process.kill()
+
+
 # ------------------------------------------------------------------------------------------------------------ in detail
 
 
