@@ -345,5 +345,6 @@ def test_repairs_stand_beside_plain_quantization_of_the_same_bits_and_of_the_sam
     assert [float(value) for value in table.index] == [10.0, 11.0]  # both against w4
     assert float(layers["against same bytes"]) == 2.0 and "mixed" in layers["best plain of the same bytes"]
     assert float(trained["against same bytes"]) == 6.0 and trained["best plain of the same bytes"].startswith("W3A4")
+    assert layers["plain of the same bits"] == trained["plain of the same bits"] == "W4A4 static (mse)"
     assert (layers["training s"], trained["training s"]) == ("–", "30.0")
     assert repair_table(rows[rows["strategy"].isna()]).empty
