@@ -19,7 +19,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from config import Config
-from execution.cells import FATAL, CellReport, CellResult, Compute, Job, Outcome, Prepare, as_record, one_line
+from execution.cells import (
+    FATAL,
+    CellReport,
+    CellResult,
+    Compute,
+    Job,
+    Outcome,
+    Prepare,
+    as_record,
+    one_line,
+    raise_poison,
+)
 from execution.executors import open_executor
 from execution.run_lock import record_of
 from execution.run_log import RunLog
@@ -27,7 +38,7 @@ from execution.tracking import Tracker
 from plan import Cell
 from store import Store, StoreError
 
-__all__ = ["FATAL", "CellResult", "Compute", "Report", "one_line", "run_cells"]
+__all__ = ["FATAL", "CellResult", "Compute", "Report", "one_line", "raise_poison", "run_cells"]
 
 # the tables on disk are at most so much older than the records they are made of; where there are so many records that
 # writing the tables takes long, so that a run has no more than a share of its time for it

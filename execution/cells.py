@@ -12,6 +12,7 @@ import gc
 import linecache
 import os
 import platform
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,6 +37,11 @@ FATAL = (StoreError, DataError, ConfigError, CheckpointError)  # what no cell ca
 MEMORY_HINT = (
     "too little memory for this cell: lower run.jobs, training.batch_size or run.evaluation_batch_size, or free "
     "memory, and run the same command again"
+)
+# a dead CUDA context as PyTorch, its libraries and ONNX Runtime (CUDA failure 710: ...) tell of it
+POISON = re.compile(
+    r"CUDA error|cuDNN error|cuFFT error|cusolver error|CUDA failure 7\d\d"
+    r"|(CUDNN|CUBLAS|CUSOLVER|CUSPARSE)_STATUS_(?!NOT_SUPPORTED)"
 )
 PROGRESS_SECONDS = 0.1  # between two messages of how far a cell is
 PATIENCE = 70.0  # seconds that a machine may take to see a file that another one has just written: NFS, at most 60
@@ -186,10 +192,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def is_poisoned(error: BaseException) -> bool:
-    """Whether it is an error of the CUDA context, such as a device-side assert, after which every call fails."""
-    is_cuda = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
-    return is_cuda and not is_out_of_memory(error)
+def is_poisoned(error: BaseException | None) -> bool:
+    """Whether it is an error of the CUDA context, such as a device-side assert, after which every call fails; or was
+    made of one, as the errors of engines and quantizers are."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        is_cuda = isinstance(error, getattr(torch, "AcceleratorError", ())) or POISON.search(str(error))
+        if is_cuda and not is_out_of_memory(error):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def raise_poison(error: BaseException) -> None:
+    """For whoever goes on after an error: not after one of the CUDA context, which takes the worker with it."""
+    if is_poisoned(error):
+        raise error
 
 
 # ----------------------------------------------------------------------------------------------------------- in workers

@@ -82,7 +82,12 @@ class Serial:
             def tell(kind: str, *values: Any, cell: Cell = cell) -> None:
                 report.told(cell.id, kind, *values)
 
-            yield cell, cell_work.compute_cell(cell, compute, job, tell)
+            start = time.time()
+            try:
+                outcome = cell_work.compute_cell(cell, compute, job, tell)
+            except PoisonedError as error:  # of an engine on a GPU: what this process computes itself is on the CPU
+                outcome = lost_outcome(cell, error, start, trace=error.trace)
+            yield cell, outcome
 
     def close(self) -> None:
         pass

@@ -30,7 +30,7 @@ from phases.complete import (
 )
 from phases.measure import Predicted
 from plan import Cell
-from runner import FATAL, one_line
+from runner import FATAL, one_line, raise_poison
 from store import GROUP_METRIC_COLUMNS, Store, StoreError
 
 COLUMNS = (
@@ -185,6 +185,7 @@ def _evaluate_on(
     except FATAL:
         raise
     except Exception as error:  # the cell's results stand without it; the next run tries again
+        raise_poison(error)
         report.line(f"  {cell.id}: its evaluation on {name} failed: {one_line(error)}")
         return row | {"error": one_line(error)}, []
     abroad = Predictions(

@@ -27,7 +27,7 @@ from phases.complete import deployed_name, deployment_settings, is_selected
 from phases.complete import is_deployed as is_complete
 from phases.measure import Predicted, compression, measure_deployed
 from plan import Cell
-from runner import FATAL, CellResult, Compute, one_line
+from runner import FATAL, CellResult, Compute, one_line, raise_poison
 from store import DEPLOYED_COLUMNS, Store, StoreError, write_errors
 
 BATCHES = (1, 32)  # of the latencies
@@ -92,6 +92,7 @@ def deploy(
             except FATAL:
                 raise
             except Exception as error:
+                raise_poison(error)
                 if isinstance(error.__cause__, StoreError):  # not this cell's fault: no other could be written either
                     raise error.__cause__ from None
                 rows = [_failed(engine, error) for engine in config.deployment.engines]
@@ -175,6 +176,7 @@ def keeping_results(compute: Compute, config: Config, store: Store) -> Compute:
         except FATAL:
             raise
         except Exception as error:  # told by a row of its own and the exit status
+            raise_poison(error)
             return keep(cell, error, report, config, store)
 
     return compute_or_keep
@@ -245,6 +247,7 @@ def _run(
     except FATAL:
         raise
     except Exception as error:  # an engine may raise anything: its row says what
+        raise_poison(error)
         return _failed(name, error), []
     store.write_predictions(deployed_name(cell.id, name), deployed)
     columns, groups = measure_deployed(cell, deployed, predictions, names, config)

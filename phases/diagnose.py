@@ -16,7 +16,7 @@ from datasets import BatchLoader, FaceDataset
 from diagnostics import diagnose
 from phases.complete import diagnosis_settings, is_diagnosed, wants_diagnosis
 from plan import Cell
-from runner import FATAL, one_line
+from runner import FATAL, one_line, raise_poison
 from store import Store, seed_for
 
 TABLES = {
@@ -45,6 +45,7 @@ def measure_diagnostics(
     except FATAL:
         raise
     except Exception as error:  # the cell's results stand without it; the next run tries again
+        raise_poison(error)
         report.line(f"  {cell.id}: its diagnostics failed: {one_line(error)}")
         return {}
 
