@@ -118,9 +118,13 @@ class Report:
         elif kind == "detail" and self.has_details:
             self.line(f"    {cell}: {values[0]}")
 
-    def lost(self, cell: str, why: str) -> None:
+    def lost(self, attempt: dict) -> None:
+        """A cell that is tried again, since its worker was lost; `attempt` is what the log says of it."""
+        cell, why = attempt["cell"], attempt["error"]
         self.line(f"  {cell}: {why}; it is tried again")
         self.running.pop(cell, None)
+        if self.log is not None:
+            self.log.record(attempt)
 
     def update(self, cell: str, text: str = "", share: float = 0.0) -> None:
         self.running[cell] = share

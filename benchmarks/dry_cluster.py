@@ -123,8 +123,8 @@ class Silent:
     def told(self, cell: str, kind: str, *values: object) -> None:
         pass
 
-    def lost(self, cell: str, why: str) -> None:
-        raise SystemExit(f"{cell}: {why}")
+    def lost(self, attempt: dict) -> None:
+        raise SystemExit(f"{attempt['cell']}: {attempt['error']}")
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ def log_entry(
     seconds: float,
     *,
     peak_memory_mb: float | None,
-    worker: str,
+    worker: str | None,
     trace: str | None,
     paused: float = 0.0,
 ) -> dict:

@@ -104,6 +104,18 @@ def lost_outcome(
     return Outcome(row, [], {}, log, error)
 
 
+def lost_attempt(
+    cell: Cell, why: str, start: float | None, *, worker: str | None = None, trace: str | None = None
+) -> dict:
+    """What the log says of an attempt whose worker was lost, and after which the cell is tried again: its seconds are
+    spent. `start` is None where it is not known to have begun."""
+    now = time.time()
+    start = now if start is None else start
+    row = {"status": "lost", "error": why}
+    entry = log_entry(cell, row, start, now - start, peak_memory_mb=None, worker=worker, trace=trace)
+    return {"phase": cell.phase, **entry}  # there may be no record of the cell yet that would say so
+
+
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
@@ -210,11 +222,12 @@ class Processes:
             todo.insert(0, cell)
             return None
         attempts[cell.id] += 1
+        why = reason or f"its worker was {how}"
         if attempts[cell.id] <= self.settings.retries:
-            report.lost(cell.id, reason or f"its worker was {how}")
+            report.lost(lost_attempt(cell, why, start, worker=name, trace=trace))
             todo.insert(0, cell)
             return None
-        error = died(reason or f"its worker was {how}", attempts[cell.id])
+        error = died(why, attempts[cell.id])
         return cell, lost_outcome(cell, error, start, worker=name, trace=trace)
 
     def _timed_out(self, worker: _Worker) -> Outcome:

@@ -22,7 +22,16 @@ from config import Config, ConfigError
 from execution import cells as cell_work
 from execution import quiet
 from execution.cells import FATAL, Compute, Job, Outcome, PoisonedError, one_line
-from execution.executors import THREAD_VARIABLES, Clock, Ended, check_gpus, died, lost_outcome, timed_out
+from execution.executors import (
+    THREAD_VARIABLES,
+    Clock,
+    Ended,
+    check_gpus,
+    died,
+    lost_attempt,
+    lost_outcome,
+    timed_out,
+)
 from execution.run_log import worker_name
 from plan import Cell
 
@@ -70,8 +79,8 @@ class Ray:
                     of = running.pop(ref)
                     outcome = self._outcome(ref, of)
                     if outcome is None:
-                        report.lost(of.cell.id, of.why_lost())
-                        of.clock = Clock()
+                        report.lost(of.lost_attempt())
+                        of.submitted_again()
                         running[task.remote(shared, of.cell, self.events)] = of
                     else:
                         del by_id[of.cell.id]  # what it still tells is late
@@ -141,7 +150,7 @@ class Ray:
                 continue
             if kind == "started":
                 (of.worker,) = values
-                of.reason = of.trace = None
+                of.has_started = True
                 of.clock.begin(self.settings.cell_timeout)
                 report.begin(cell)
             elif kind == "poisoned":
@@ -191,6 +200,7 @@ class _RayCell:
     cell: Cell
     clock: Clock = field(default_factory=Clock)
     worker: str = "not started"
+    has_started: bool = False
     attempts: int = 0  # that were lost
     how: str = ""  # what Ray calls it
     is_late: bool = False
@@ -199,6 +209,16 @@ class _RayCell:
 
     def why_lost(self) -> str:
         return self.reason or f"its worker {self.worker} died ({self.how})"
+
+    def lost_attempt(self) -> dict:
+        """What the log says of it; while a cell waits for a place no time is spent on it."""
+        if not self.has_started:
+            return lost_attempt(self.cell, self.why_lost(), None)
+        return lost_attempt(self.cell, self.why_lost(), self.clock.start, worker=self.worker, trace=self.trace)
+
+    def submitted_again(self) -> None:
+        self.clock, self.worker, self.has_started = Clock(), "not started", False
+        self.reason = self.trace = None
 
 
 class _Events:

@@ -1,4 +1,5 @@
-"""log.jsonl in the results folder: a line of JSON for each cell that ended, and for each analysis.
+"""log.jsonl in the results folder: a line of JSON for each cell that ended, and for each analysis. An attempt whose
+worker was lost, and after which the cell was tried again, has one too, with status "lost".
 
 It tells when, where, how long and with how much memory, and the whole traceback of a failure. No result depends on it:
 a line is written after the cell's record. Lines are appended under flock and synced, so that those of several processes

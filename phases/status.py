@@ -216,7 +216,7 @@ class _Durations:
         return next((self.means[key] for key in keys if key in self.means), None)
 
     def spent(self, phase: str, cells: set[str]) -> float | None:
-        """On these cells, all attempts; None where the log has nothing of the phase."""
+        """On these cells, all attempts, those lost too; None where the log has nothing of the phase."""
         spent = [entry["seconds"] for entry in self.entries if entry["phase"] == phase and entry["cell"] in cells]
         return sum(spent) if spent else None
 

@@ -222,8 +222,14 @@ DEEDS = {
 class Log:
     def __init__(self):
         self.entries = {}
+        self.lost = {}  # cell -> attempts that another one followed
 
     def record(self, entry: dict) -> None:
+        if entry["status"] == "lost":
+            assert set(entry) == ENTRY | {"phase"} and entry["phase"] == "quantization"
+            json.dumps(entry)
+            self.lost.setdefault(entry["cell"], []).append(entry)
+            return
         assert set(entry) == ENTRY | ({"again"} if entry["cell"] == "finished" else set())  # it only lacked something
         assert entry.get("again", True) is True
         json.dumps(entry)
@@ -287,6 +293,17 @@ def check_faults(store: Store, log: Log, capsys) -> str:
         assert (entry["status"] == "failed") == (entry["error"] is not None)
         assert entry["worker"].rpartition(":")[2] in pids[name]
     assert 10 < log.entries["fine"]["peak_memory_mb"] < 10_000
+    assert {name: len(lost) for name, lost in log.lost.items()} == {
+        name: 1 for name, count in attempts.items() if count == 2
+    }
+    for name, (entry,) in log.lost.items():
+        first, second = (store.root / f"{name}.attempts").read_text().split()
+        assert entry["worker"].rpartition(":")[2] == first
+        assert log.entries[name]["worker"].rpartition(":")[2] == second
+        assert 0 < entry["seconds"] < 60 and entry["end"] <= log.entries[name]["start"] + 0.001
+        assert entry["end"] == pytest.approx(entry["start"] + entry["seconds"])
+    assert "device-side assert" in log.lost["poisoned"][0]["error"]
+    assert "in deed" in log.lost["poisoned"][0]["traceback"] and log.lost["exits"][0]["traceback"] is None
     out = capsys.readouterr().out
     assert out.count("the data are odd") == 1  # though two workers found out
     assert "kept finished: " in out

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from cheap_run import run_here, write_config
 from fake_study import small_config, write_study
 
 import main
-from execution.run_log import RunLog
+from execution.executors import lost_attempt
+from execution.run_log import KEYS, RunLog
 from owners import Owner, utc
 from phases import complete
 from phases.status import OUT_OF_DATE, TO_DO, UNKNOWN, UP_TO_DATE, analysis_inputs, duration, study_status
@@ -68,6 +70,24 @@ def test_counts_times_and_the_error(half):
     error = "RuntimeError: <script>alert(1)</script> broke"
     assert told == {"cell": failed, "phase": "quantization", "error": error, "because_of": None}
     assert status["run"] is None and status["at_a_time"] == 1
+
+
+def test_an_attempt_that_was_lost_is_time_spent_and_tells_nothing_of_how_long_cells_take(half):
+    """Also of a cell that has no record yet, since it is being tried again."""
+    store, cell = half
+    logged(store, **{cell["resnet50", 0]: 100.0, cell["mobilenet_v2", 0]: 40.0})
+    for name in (cell["resnet50", 0], cell["mobilenet_v2", 1]):
+        attempt = next(c for c in plan(CONFIG)["baseline"] if c.id == name)
+        RunLog(store).record(lost_attempt(attempt, "its worker was killed", time.time() - 18_000, worker="vm:1"))
+    entries = RunLog(store).read()
+    assert [entry["status"] for entry in entries] == ["done", "done", "lost", "lost"]
+    assert tuple(entries[2]) == KEYS and entries[2]["phase"] == entries[3]["phase"] == "baseline"
+    spent = sum(entry["seconds"] for entry in entries[2:])
+    status = study_status(CONFIG, store, NOW)
+    assert counts(status, "baseline") == [4, 3, 0, 0, 1]
+    assert status["phases"]["baseline"]["seconds_spent"] == pytest.approx(140.0 + spent)
+    assert status["phases"]["baseline"]["seconds_left"] == 40.0  # as the other MobileNetV2
+    assert status["log"] == {"records": 4, "damaged_lines": 0}
 
 
 def test_without_a_log_nothing_is_invented(half):
