@@ -308,8 +308,8 @@ class Clock:
             self.deadline += pause - self.pause
         self.pause = pause
 
-    def is_late(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
+    def is_late(self, by: float = 0.0) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline + by
 
 
 @dataclass(eq=False)

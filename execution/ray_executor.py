@@ -37,6 +37,8 @@ from plan import Cell
 
 ROOT = Path(__file__).parent.parent
 RAY_SECONDS = 0.25  # between two looks at what cells tell
+STANDSTILL_SECONDS = 1.0  # between two messages of a cell that stands still
+HEARD_SECONDS = 5.0  # past its limit, after which a cell that stood still would have been heard
 
 
 class Ray:
@@ -86,7 +88,7 @@ class Ray:
                         del by_id[of.cell.id]  # what it still tells is late
                         yield of.cell, outcome
                 for ref, of in running.items():
-                    if of.clock.is_late() and not of.is_late:
+                    if of.clock.is_late(HEARD_SECONDS) and not of.is_late:
                         of.is_late = True
                         ray.cancel(ref, force=True)
         finally:
@@ -155,6 +157,8 @@ class Ray:
                 report.begin(cell)
             elif kind == "poisoned":
                 of.reason, of.trace = values
+            elif kind == "standstill":
+                of.clock.add_pause(*values)
             else:
                 of.clock.add_pause(values.pop())
                 report.told(cell, kind, *values)
@@ -235,6 +239,30 @@ class _Events:
         return held
 
 
+@contextlib.contextmanager
+def _told_standstill(send: Any) -> Iterator[Any]:
+    """The memory for quiet.computing; meanwhile a thread tells for how long the cell stands still, which tells nothing
+    itself then, so that this time is not taken for its own. Not from the handler of the signal that makes it stand
+    still: it comes at any moment, also in the midst of another message."""
+    standstill = [0.0, 0.0]
+    ended = threading.Event()
+
+    def watch() -> None:
+        told = 0.0
+        while not ended.wait(STANDSTILL_SECONDS):
+            if (seconds := quiet.standing(standstill)) > told:
+                send("standstill", seconds)
+                told = seconds
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield standstill
+    finally:
+        ended.set()
+        watching.join()
+
+
 def _ray_cell(job: Job, cell: Cell, events: Any) -> Outcome | Exception:
     """A task: the outcome, or what ends the program."""
     import ray
@@ -247,7 +275,7 @@ def _ray_cell(job: Job, cell: Cell, events: Any) -> Outcome | Exception:
 
     ray.get(send("started", worker_name()))
     try:
-        with quiet.computing():
+        with _told_standstill(send) as standstill, quiet.computing(standstill=standstill):
             return cell_work.compute_cell(cell, cell_work.prepared(job), job, tell)
     except FATAL as error:
         return error

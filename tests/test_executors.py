@@ -325,9 +325,16 @@ def test_ray_tries_again_and_stops_what_is_late(tmp_path, capsys, local_ray):
 
 
 @pytest.mark.skipif(fcntl is None, reason="cells pause by flock")
-def test_a_cell_that_stands_still_while_another_measures_is_not_late(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    config = load_config(None, ["run.executor=processes", "run.cell_timeout=3"])
+@pytest.mark.parametrize(("executor", "seconds"), [("processes", 4), ("ray", 12)])
+def test_a_cell_that_stands_still_while_another_measures_is_not_late(tmp_path, monkeypatch, request, executor, seconds):
+    """For longer than its limit, without a word."""
+    config, report = load_config(None, [f"run.executor={executor}", "run.cell_timeout=3"]), Report(quiet=True)
+    if executor == "ray":  # whose workers do not inherit it
+        request.getfixturevalue("local_ray")
+        report.executor = open_executor(config, "cpu")
+        report.executor.environment["env_vars"]["TMPDIR"] = str(tmp_path)
+    else:
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
     store = Store(tmp_path / "results")
     store.prepare("")
     folder = tmp_path / f"bnq-quiet-{os.getuid()}"
@@ -339,14 +346,15 @@ def test_a_cell_that_stands_still_while_another_measures_is_not_late(tmp_path, m
             fcntl.flock(gate, fcntl.LOCK_EX)
             start = time.monotonic()
             fcntl.flock(room, fcntl.LOCK_EX)  # the cell has gone out
-            time.sleep(4)
+            time.sleep(seconds)
             stood.append(time.monotonic() - start)
 
     measuring = threading.Thread(target=measure)
     measuring.start()
-    run_cells("quantization", [made_up("still", do="compute")], faulty, config, store, Report(quiet=True))
+    run_cells("quantization", [made_up("still", do="compute")], faulty, config, store, report)
+    report.close()
     measuring.join()
-    assert stood[0] >= 4 and store.record("still")["row"]["status"] == "done"
+    assert stood[0] >= seconds and store.record("still")["row"]["status"] == "done"
 
 
 def opening_data(config, store, device, data=None):
