@@ -2,8 +2,9 @@
 
 The project's folder, data and results must have the same paths on all nodes (a shared file system): workers import the
 project from there, by PYTHONPATH, and work in the folder that the program was started in. What cells tell on their way
-comes back through an actor. A cell of a lost worker or node is submitted again here, not by Ray's max_retries: nobody
-is told of those, and the clock of run.cell_timeout would run on while the cell waits for another place.
+comes back through an actor, which Ray starts again where it dies: what it held is not told then. A cell of a lost
+worker or node is submitted again here, not by Ray's max_retries: nobody is told of those, and the clock of
+run.cell_timeout would run on while the cell waits for another place.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from plan import Cell
 
 ROOT = Path(__file__).parent.parent
 RAY_SECONDS = 0.25  # between two looks at what cells tell
+ACTOR_SECONDS = 10.0  # that the actor has for an answer, until cells go on being looked at without
 STANDSTILL_SECONDS = 1.0  # between two messages of a cell that stands still
 HEARD_SECONDS = 5.0  # past its limit, after which a cell that stood still would have been heard
 
@@ -56,11 +58,21 @@ class Ray:
         variables = dict.fromkeys(THREAD_VARIABLES, str(config.run.threads_per_cell))
         self.environment = {"env_vars": variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
         self.events: Any = None  # the actor; None: not connected yet
+        self.asked: Any = None  # the answer of it that is waited for
         self.is_mine = False  # the connection
 
     def run(self, job: Job, compute: Compute | None, cells: Sequence[Cell], report: Any) -> Iterator[Ended]:
         if not cells:
             return
+        import ray
+
+        try:
+            yield from self._run(job, cells, report)
+        except ray.exceptions.RayError as error:
+            why = f"{one_line(error)[:500]}; finished cells are kept: run the same command again to go on"
+            raise ConfigError(f"run.executor: Ray failed: {why}") from None
+
+    def _run(self, job: Job, cells: Sequence[Cell], report: Any) -> Iterator[Ended]:
         import ray
 
         self._connect()
@@ -93,7 +105,8 @@ class Ray:
                         ray.cancel(ref, force=True)
         finally:
             for ref in running:
-                ray.cancel(ref, force=True)
+                with contextlib.suppress(ray.exceptions.RayError):  # it would hide why the run ends
+                    ray.cancel(ref, force=True)
 
     def close(self) -> None:
         if self.events is None:
@@ -104,7 +117,7 @@ class Ray:
             ray.shutdown()
         else:
             ray.kill(self.events)
-        self.events = None
+        self.events = self.asked = None
 
     def _connect(self) -> None:
         if self.events is not None:
@@ -126,7 +139,8 @@ class Ray:
         self._check_room()
         # on this node: it is lost with this program, and not with a worker's node
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.events = ray.remote(_Events).options(num_cpus=0, scheduling_strategy=here).remote()
+        options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+        self.events = ray.remote(_Events).options(**options).remote()
 
     def _check_room(self) -> None:
         """ConfigError where no node could ever compute a cell, which would wait for one for ever."""
@@ -144,9 +158,7 @@ class Ray:
 
     def _drain(self, by_id: dict[str, _RayCell], report: Any) -> None:
         """Pass on what cells have told."""
-        import ray
-
-        for cell, kind, *values in ray.get(self.events.drain.remote()):
+        for cell, kind, *values in self._told():
             of = by_id.get(cell)
             if of is None:  # it has ended
                 continue
@@ -162,6 +174,21 @@ class Ray:
             else:
                 of.clock.add_pause(values.pop())
                 report.told(cell, kind, *values)
+
+    def _told(self) -> list[tuple]:
+        """What cells have told; nothing where the actor is lost, or does not answer yet since it is started again."""
+        import ray
+
+        if self.asked is None:
+            self.asked = self.events.drain.remote()
+        answered, _ = ray.wait([self.asked], timeout=ACTOR_SECONDS)
+        if not answered:
+            return []
+        answer, self.asked = self.asked, None
+        try:
+            return ray.get(answer)
+        except ray.exceptions.RayActorError:
+            return []
 
     def _outcome(self, ref: Any, of: _RayCell) -> Outcome | None:
         """What became of a task; None: it was lost, and is to be tried again."""
@@ -273,12 +300,17 @@ def _ray_cell(job: Job, cell: Cell, events: Any) -> Outcome | Exception:
     def tell(kind: str, *values: Any) -> None:
         send(kind, *values, quiet.paused_seconds())
 
-    ray.get(send("started", worker_name()))
+    def tell_now(*event: Any) -> None:
+        """Wait until it is told; not by ray.get, which gives the cell's CPUs to another one meanwhile."""
+        with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):  # a cell is worth more than what it tells
+            send(*event).future().result(ACTOR_SECONDS)
+
+    tell_now("started", worker_name())
     try:
         with _told_standstill(send) as standstill, quiet.computing(standstill=standstill):
             return cell_work.compute_cell(cell, cell_work.prepared(job), job, tell)
     except FATAL as error:
         return error
     except PoisonedError as error:
-        ray.get(send("poisoned", f"{error} (its worker was thrown away)", error.trace))
+        tell_now("poisoned", f"{error} (its worker was thrown away)", error.trace)
         os._exit(1)

@@ -396,6 +396,87 @@ def test_data_that_take_longer_to_decode_than_a_cell_may_take_make_no_cell_late(
     assert late["end"] - late["start"] >= 9
 
 
+def waiting(config, store, device, data=None):
+    """A computation that waits for a file, and then says so."""
+
+    def compute(cell: Cell, report) -> CellResult:
+        (store.root / f"{cell.id}.begun").touch()
+        until((store.root / "go").exists)
+        report.line(f"{cell.id} goes on")
+        store.write_predictions(cell.id, predictions())
+        return CellResult({"accuracy": len(cell.id) / 10, "n_test": 4}, [])
+
+    return compute
+
+
+def run_waiting(results: Path, meanwhile=None) -> dict[str, bytes]:
+    """Four cells on Ray, two at a time, which wait until `meanwhile(executor)` has been done."""
+    config = load_config(None, ["run.executor=ray", "run.threads_per_cell=1"])
+    store, report = Store(results), Report(quiet=True)
+    store.prepare("")
+    report.executor = open_executor(config, "cpu")
+    cells = [made_up("a" * number) for number in (1, 2, 3, 4)]
+
+    def act():
+        try:
+            until(lambda: len(list(results.glob("*.begun"))) >= 2)
+            if meanwhile is not None:
+                meanwhile(report.executor)
+            begun.append(len(list(results.glob("*.begun"))))
+        finally:
+            (results / "go").touch()
+
+    begun = []
+    acting = threading.Thread(target=act)
+    acting.start()
+    try:
+        run_cells("quantization", cells, waiting, config, store, report)
+    finally:
+        acting.join()
+        report.close()
+    assert begun == [2]
+    return contents(results)
+
+
+def kill_the_actor(executor) -> None:
+    """Its process, with kill -9; it is back before the cells go on."""
+    ray = pytest.importorskip("ray")
+    process = lambda: ray.get(executor.events.__ray_call__.remote(lambda actor: os.getpid()), timeout=60)  # noqa: E731
+    before = process()
+    assert b"_Events" in Path(f"/proc/{before}/cmdline").read_bytes()
+    os.kill(before, signal.SIGKILL)
+    assert process() != before
+
+
+def take_the_actor_away(executor) -> None:
+    """For good."""
+    pytest.importorskip("ray").kill(executor.events)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads /proc")
+def test_ray_survives_the_process_through_which_cells_tell(tmp_path, local_ray, capsys):
+    undisturbed = run_waiting(tmp_path / "undisturbed")
+    assert len([name for name in undisturbed if name.endswith((".json", ".npz"))]) == 8
+    capsys.readouterr()
+    assert run_waiting(tmp_path / "killed", kill_the_actor) == undisturbed
+    out = capsys.readouterr().out
+    assert "aaa goes on" in out or "aaaa goes on" in out  # begun after: they are heard again
+    assert run_waiting(tmp_path / "away", take_the_actor_away) == undisturbed
+
+
+def test_what_else_ray_may_raise_is_one_line(tmp_path, local_ray, monkeypatch):
+    import ray
+
+    def fails(*args, **kwargs):
+        raise ray.exceptions.RaySystemError("the cluster\nis gone")
+
+    store = Store(tmp_path)
+    store.prepare("")
+    monkeypatch.setattr(ray, "wait", fails)
+    with pytest.raises(ConfigError, match=r"Ray failed: RaySystemError: .*the cluster is gone; .* again to go on"):
+        run_cells("quantization", [made_up("a")], waiting, load_config(None, ["run.executor=ray"]), store, Report(True))
+
+
 def test_a_cell_that_has_ended_is_not_late_though_it_was_not_heard(tmp_path):
     """While the program is busy with another one."""
     config = load_config(None, ["run.executor=processes", "run.jobs=2", "run.cell_timeout=2"])
