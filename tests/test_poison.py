@@ -87,7 +87,7 @@ def raises(error: Exception):
 def run_engine(error, store, monkeypatch):
     monkeypatch.setattr(deploy, "load_engine", raises(error))
     exported = SimpleNamespace(path="c.onnx")
-    return deploy._run("onnxruntime", exported, None, CELL, None, None, {}, [], CONFIG, store)
+    return deploy._run("onnxruntime", exported, None, CELL, None, None, {}, [], CONFIG, store, Report(quiet=True))
 
 
 def export(error, store, monkeypatch):
