@@ -71,6 +71,7 @@ LEAST_GROUP = 50  # validation images of a group that may be the worst one
 
 ITERATIONS = {"fairface": 100, "synthetic": 300}  # optimizer steps a block
 LONGER = 300  # the default of the configuration, which gives no more on FairFace: see "longer reconstruction"
+FAIR_BATCH = {"fairface": 128, "synthetic": 64}  # some ten images of a group and class: of fewer the gap is chance
 RECONSTRUCTION = {"rounding": "adaround"}
 TWICE = {"extra_operations": 1.0}
 START = {"start": "sensitive_layers", "start_options": TWICE}
@@ -113,7 +114,7 @@ WITH_TRAINING = {  # from the best that there is without: reconstruction, or the
     "QAT": ("qat", {}),
     "balanced fine-tuning": ("balanced_finetuning", RECONSTRUCTION),
     "reweighing": ("reweighing", RECONSTRUCTION),
-    "fairness fine-tuning": ("fairness_finetuning", {**RECONSTRUCTION, "batch_size": 256}),  # of 32 the gap is chance
+    "fairness fine-tuning": ("fairness_finetuning", {**RECONSTRUCTION, "batch_size": "fair"}),
     "group DRO": ("group_dro", RECONSTRUCTION),
     "distillation": ("distillation", RECONSTRUCTION),
     "distillation, all groups alike": ("distillation", {**RECONSTRUCTION, "step_size": 1e-9}),  # a control
@@ -251,6 +252,8 @@ class Study:
         for name in bits:
             asked = options.pop(name, bits[name])
             bits[name] = changed.get(asked, asked)
+        if options.get("batch_size") == "fair":
+            options["batch_size"] = FAIR_BATCH[self.data]
         if method not in UNGROUPED:
             options["attributes"] = [self.attribute]
         if options.get("rounding") == "adaround":
