@@ -29,7 +29,7 @@ import synthetic_faces
 from batches import MEAN, STD, BatchLoader
 from config import Config, ConfigError, load_config
 from dataset_sources import READERS, Samples, listed, name_hashes, stratified_order
-from image_cache import Block, CachedImages, DataError, Progress, cached_images, decoded_images, files_digest
+from image_cache import Block, CachedImages, DataError, ImageFile, Progress, cached_images, decoded_images, files_digest
 from sections.base import DATASETS, suggest
 from sections.data import DatasetSection
 
@@ -56,21 +56,23 @@ SYNTHETIC_KNOBS = ("minority_share", "label_correlation", "group_noise", "group_
 
 @dataclass(frozen=True, eq=False)
 class ImageRows:
-    """Rows of a memory-mapped array of images, in any order."""
+    """Rows of a cache or an array of images, in any order."""
 
-    images: np.ndarray  # (M, H, W, 3) uint8, memory-mapped
+    images: ImageFile | np.ndarray  # (M, H, W, 3) uint8
     rows: np.ndarray  # (N,) int64
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def gather(self, positions: np.ndarray) -> np.ndarray:
-        """(n, H, W, 3) uint8, a copy; the file is read in ascending order whatever the order of positions."""
+    def gather(self, positions: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """(n, H, W, 3) uint8, a copy, in `out` where that is given."""
         rows = self.rows[positions]
-        order = np.argsort(rows, kind="stable")
-        gathered = np.empty((len(rows), *self.images.shape[1:]), np.uint8)
-        gathered[order] = self.images[rows[order]]
-        return gathered
+        if isinstance(self.images, ImageFile):
+            return self.images.read(rows, out)
+        if out is None:
+            return self.images[rows]
+        out[...] = self.images[rows]
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +86,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def gather(self, positions: np.ndarray) -> np.ndarray:
-        """(n, H, W, 3) uint8 images at these positions of the split."""
-        return self.images.gather(np.asarray(positions))
+    def gather(self, positions: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """(n, H, W, 3) uint8 images at these positions of the split, in `out` where that is given."""
+        return self.images.gather(np.asarray(positions), out)
 
     def subset(self, positions: np.ndarray) -> Split:
         """The samples at these positions, in this order; one may be there twice. It keeps the split's name."""

@@ -1,10 +1,10 @@
-"""Images as one memory-mapped uint8 file: decoded or drawn once, read by every epoch and every later run.
+"""Images as one uint8 file: decoded or drawn once, read by every epoch, every process and every later run.
 
 A cache is a folder `<label>-<hash>/` whose hash covers everything that determines its content. It is written beside
 its place and renamed when complete, so that whatever stops the program leaves no cache that would be believed; a lock
 makes a second writer of the same cache wait and then read. The file is written through ordinary writes, in chunks:
-memory stays flat, and a full disk is an error (through a memory map it would be a bus error). Deleting the folder is
-always safe.
+memory stays flat, and a full disk is an error (through a memory map it would be a bus error). It is read in the same
+way: what processes share is the kernel's page cache. Deleting the folder is always safe.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
 import struct
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,6 +39,7 @@ except ImportError:  # Windows: two writers then both do the work, and the first
 DECODER = f"draft-centre-bilinear-1, pillow {PIL.__version__}"  # change it when decode_image changes
 CHUNK_BYTES = 8 << 20  # decoded images held at a time
 LOCK_TICK = 0.05  # seconds between two looks at a lock that another process holds
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without flock
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -56,9 +61,80 @@ class Block:
 class CachedImages:
     """A complete cache, open for reading."""
 
-    images: np.ndarray  # (N, H, W, 3) uint8, memory-mapped
+    images: ImageFile  # (N, H, W, 3) uint8
     broken: dict[int, str]  # row -> why it has no image (its pixels are black)
     columns: dict[str, np.ndarray]  # name -> (N,) int64, what the blocks carried
+
+
+class ImageFile:
+    """The images of a complete cache, (N, H, W, 3) uint8, read row by row into the caller's memory.
+
+    By ordinary reads, not through a memory map: every first look at a mapped page is a page fault, pages that were
+    looked at count as this process's memory, and a disk that goes away is a signal that kills it instead of an OSError.
+    Raises ValueError where the file is no such array, or too short.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        with self.path.open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError(f"{path}: not a version that is written here")
+            self.shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if is_fortran or dtype != np.uint8 or len(self.shape) != 4 or not self.nbytes:
+                raise ValueError(f"{path}: not images of bytes")
+            self._start = file.tell()
+            if os.fstat(file.fileno()).st_size < self._start + self.nbytes:
+                raise ValueError(f"{path}: the file is too short")
+            self._descriptor = os.dup(file.fileno())  # it stays readable when the cache is deleted
+        weakref.finalize(self, os.close, self._descriptor)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """(n, H, W, 3) uint8, in `out` where that is given (C-contiguous, of this shape); the file is read in ascending
+        order whatever the order of rows. Raises OSError where it cannot be."""
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)} images")
+        if out is None:
+            out = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        assert out.dtype == np.uint8 and out.shape == (len(rows), *self.shape[1:]) and out.flags.c_contiguous
+        order = np.argsort(rows, kind="stable")
+        # What is consecutive in the file and in memory is one read.
+        ends = np.flatnonzero((np.diff(rows[order]) != 1) | (np.diff(order) != 1)) + 1
+        size, memory = self.nbytes // len(self), memoryview(out.reshape(-1))
+        for first, last in zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True):
+            if last > first:
+                place = int(order[first])
+                part = memory[place * size : (place + last - first) * size]
+                self._read_into(part, self._start + int(rows[order[first]]) * size)
+        return out
+
+    def _read_into(self, memory: memoryview, offset: int) -> None:
+        while len(memory):
+            if hasattr(os, "preadv"):
+                count = os.preadv(self._descriptor, [memory], offset)
+            else:  # Windows
+                with self._lock:
+                    os.lseek(self._descriptor, offset, os.SEEK_SET)
+                    data = os.read(self._descriptor, len(memory))
+                count = len(data)
+                memory[:count] = data
+            if not count:
+                raise OSError(errno.EIO, "the image cache became shorter while it was read", str(self.path))
+            memory, offset = memory[count:], offset + count
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        return self.read(np.arange(len(self)))
+
+    def __reduce__(self) -> tuple:
+        return ImageFile, (self.path,)
 
 
 def decoded_images(
@@ -188,14 +264,14 @@ def _decode_or_reason(path: Path, image_size: int) -> np.ndarray | str:
 def _open(folder: Path, shape: tuple[int, ...]) -> CachedImages | None:
     """The cache, or None where there is none or it is damaged."""
     try:
-        images = np.load(folder / "images.npy", mmap_mode="r")
+        images = ImageFile(folder / "images.npy")
         contents = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
         with np.load(folder / "columns.npz") as columns:
             columns = dict(columns)
         broken = {int(row): why for row, why in contents["broken"].items()}
     except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError):
         return None
-    if images.shape != shape or images.dtype != np.uint8:
+    if images.shape != shape:
         return None
     return CachedImages(images, broken, columns)
 
@@ -208,7 +284,7 @@ def _write(
     needed = int(np.prod(shape)) + (1 << 20)
     if shutil.disk_usage(folder.parent).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
@@ -234,8 +310,16 @@ def _write(
         with (part / "contents.json").open("w", encoding="utf-8") as file:
             json.dump({"images": count, "broken": {str(row): broken[row] for row in sorted(broken)}}, file, indent=1)
             _sync(file)
+        if _open(folder, shape) is not None:  # where there are no locks, another one was faster
+            shutil.rmtree(part, ignore_errors=True)
+            return
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or it would have been opened
-        part.replace(folder)
+        try:
+            part.replace(folder)
+        except OSError:
+            if _open(folder, shape) is None:
+                raise
+            shutil.rmtree(part, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -249,7 +333,7 @@ def _sync(file) -> None:
 @contextlib.contextmanager
 def _lock(folder: Path, *, wait: bool, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
     """Holds the writer's lock of one cache (the kernel drops it when a process dies); yields whether it was got.
-    `waiting()` is called again and again meanwhile.
+    `waiting()` is called again and again meanwhile. Where the file system has no locks, two writers both do the work.
 
     It is waited for by looking again and again: a worker that waits in flock itself would hear no signal, and could not
     stand still where another one measures a latency (execution/quiet.py). The writer then stands still too, so that
@@ -259,21 +343,26 @@ def _lock(folder: Path, *, wait: bool, waiting: Callable[[], None] | None = None
         yield True
         return
     with folder.with_name(f".{folder.name}.lock").open("ab") as file:
-        while not _is_got(file):
+        while (is_got := _is_got(file)) is False:
             if not wait:
                 yield False
                 return
             if waiting is not None:
                 waiting()
             time.sleep(LOCK_TICK)
-        yield True
+        yield is_got or wait  # without locks nobody knows whether a writer lives
 
 
-def _is_got(file: IO) -> bool:
+def _is_got(file: IO) -> bool | None:
+    """None where there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
     return True
 
 

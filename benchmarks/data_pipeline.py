@@ -6,7 +6,7 @@
     python benchmarks/data_pipeline.py --only memory --memory-images 200000   # writes a cache of 30 GB
 
 Both sides give batches of normalised float32 images and labels, with as many workers. *First epoch*: decoding into the
-cache, writing it to the disk, and one pass over it. *Later epochs*: a pass over the memory-mapped cache. They take
+cache, writing it to the disk, and one pass over it. *Later epochs*: a pass over the cache. They take
 turns, round by round; what is printed are medians over rounds of images a second and of ratios within a round. Where
 other programs run on the machine, the processor time that an image costs (of all processes and threads) says more than
 the wall clock: both are there. *bytes* is a pass that only gathers uint8 images, all that the CPU does where batches

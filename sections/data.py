@@ -56,7 +56,7 @@ class Synthetic(DatasetSection):
 
 class Data(Section):
     dataset: list[Literal["celeba", "utkface", "fairface", "synthetic"]] = Field(default=["synthetic"], min_length=1)
-    cache: str = "data/cache"  # decoded images, uint8, memory-mapped
+    cache: str = "data/cache"  # decoded images, uint8
     workers: PositiveInt = 2  # threads that decode
     min_group_size: PositiveInt = 20  # smaller groups are reported, flagged and left out of the gaps
     celeba: CelebA = CelebA()

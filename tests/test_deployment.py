@@ -422,7 +422,7 @@ class OnePicture:
     def __len__(self) -> int:
         return 1
 
-    def gather(self, positions) -> np.ndarray:
+    def gather(self, positions, out=None) -> np.ndarray:
         return self.images[positions]
 
 
