@@ -9,6 +9,8 @@ computed `running/<cell>.json` says by whom; no result depends on that.
 from __future__ import annotations
 
 import contextlib
+import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -19,7 +21,7 @@ import re
 import subprocess
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -161,15 +163,7 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK):  # now, rather than after an hour's training
                     raise StoreError(f"{folder}: cannot be written; mend the permissions or use another results_dir")
-            for name in ("", *FOLDERS, "shared", "analysis", "analysis/tables"):
-                for leftover in (self.root / name).glob(".*.tmp"):
-                    process = TEMPORARY.fullmatch(leftover.name)  # None: a file of another program
-                    # this process has written nothing yet: one before it had its number, as in a container
-                    if process is not None and (int(process[1]) == os.getpid() or not is_alive(int(process[1]))):
-                        leftover.unlink(missing_ok=True)
-                for leftover in (self.root / name).glob(".tmp*") if name in ("checkpoints", "models") else ():
-                    if UNNAMED.fullmatch(leftover.name):  # of no known process, and no other run is in progress
-                        leftover.unlink(missing_ok=True)
+            self.remove_leftovers()
             for cell, owner in self.marked():
                 if owner is None or not owner.is_alive():
                     self._marker(cell).unlink(missing_ok=True)
@@ -180,12 +174,28 @@ class Store:
         write_json(self.root / "environment.json", {"schema_version": SCHEMA_VERSION, **environment()})
         self._was_there = True
 
+    def remove_leftovers(self) -> None:
+        """Temporary files of processes that are dead. For the one run that holds the folder, like `prepare`."""
+        with write_errors(self.root):
+            for name in ("", *FOLDERS, "shared", "analysis", "analysis/tables"):
+                for leftover in (self.root / name).glob(".*.tmp"):
+                    process = TEMPORARY.fullmatch(leftover.name)  # None: a file of another program
+                    # this process has written nothing yet: one before it had its number, as in a container
+                    if process is not None and (int(process[1]) == os.getpid() or not is_alive(int(process[1]))):
+                        leftover.unlink(missing_ok=True)
+                for leftover in (self.root / name).glob(".tmp*") if name in ("checkpoints", "models") else ():
+                    if UNNAMED.fullmatch(leftover.name):  # of no known process, and no other run is in progress
+                        leftover.unlink(missing_ok=True)
+
     def clear(self, cells: Sequence[str]) -> None:
         """Forget these cells (--fresh): record first, so that a kill in between leaves nothing that looks done."""
         with write_errors(self.root):
+            elsewhere: dict[str, list[Path]] = {}  # predictions of engines and on other data sets
+            for path in self.place("predictions").glob("*@*.npz"):
+                elsewhere.setdefault(path.name.partition("@")[0], []).append(path)
             for cell in cells:
                 self.record_path(cell).unlink(missing_ok=True)
-                for path in (self.predictions_path(cell), *self.predictions_path(cell).parent.glob(f"{cell}@*.npz")):
+                for path in (self.predictions_path(cell), *elsewhere.get(cell, ())):
                     path.unlink(missing_ok=True)
                 self.model_path(cell).unlink(missing_ok=True)
 
@@ -293,31 +303,65 @@ class Store:
             if record is not None and (phase is None or record["row"]["phase"] == phase):
                 yield path.stem, record
 
-    def write_tables(self, phase: str, planned: Sequence[str]) -> pd.DataFrame:
-        """`<phase>_results.csv` (and .json), planned cells first and in their order, and `group_results.csv`.
-
-        Rows of cells that the current config does not plan stay in the files, after the planned ones.
+    def write(self, tables: Sequence[Table], planned: Sequence[str]) -> None:
+        """All of them in one pass over the records, of which one is held at a time: planned cells first and in their
+        order, then those that the current config does not plan, by name. A table that no record wants stays as it is.
         """
-        rows = ordered_rows({cell: record["row"] for cell, record in self.records(phase)}, planned)
-        frame = pd.DataFrame(rows, columns=list(ROW_COLUMNS))
-        write_text(self.results_path(phase), frame.to_csv(index=False))
-        if phase != "baseline":
-            write_json(self.results_path(phase, "json"), [_without_missing(row) for row in rows])
-        return frame
+        found = {path.stem for path in self.place("cells").glob("*.json")}
+        order = [cell for cell in dict.fromkeys(planned) if cell in found]
+        with contextlib.ExitStack() as files:
+            writers: dict[Path, _TableWriter] = {}
+            for table in tables:
+                if table.is_always:
+                    writers[table.path] = _TableWriter(table, files)
+            for cell in (*order, *sorted(found.difference(order))):
+                record = self.record(cell)
+                if record is None:  # it has been deleted just now
+                    continue
+                for table in tables:
+                    if not table.is_wanted(record):
+                        continue
+                    if table.path not in writers:
+                        writers[table.path] = _TableWriter(table, files)
+                    writers[table.path].add(table.rows(record))
+            for writer in writers.values():
+                writer.end()
+
+    def write_tables(self, phase: str, planned: Sequence[str]) -> None:
+        """The table of a phase, empty where nothing of it has ended."""
+        self.write([dataclasses.replace(self.phase_table(phase), is_always=True)], planned)
 
     def write_group_table(self, planned: Sequence[str]) -> None:
-        groups = ordered_rows({cell: record["groups"] for cell, record in self.records()}, planned)
-        frame = pd.DataFrame([group for of_cell in groups for group in of_cell], columns=list(GROUP_COLUMNS))
-        write_text(self.place("group_results.csv"), frame.to_csv(index=False))
+        self.write([dataclasses.replace(self.group_table(), is_always=True)], planned)
 
-    def write_extra_table(self, name: str, key: str, columns: Sequence[str], planned: Sequence[str]) -> None:
+    def phase_table(self, phase: str) -> Table:
+        """`<phase>_results.csv` (and .json)."""
+        return Table(
+            self.results_path(phase),
+            ROW_COLUMNS,
+            lambda record: [record["row"]],
+            lambda record: record["row"]["phase"] == phase,
+            json_path=None if phase == "baseline" else self.results_path(phase, "json"),
+        )
+
+    def group_table(self) -> Table:
+        """`group_results.csv`."""
+        return Table(self.place("group_results.csv"), GROUP_COLUMNS, lambda record: record["groups"])
+
+    def extra_table(
+        self,
+        name: str,
+        key: str,
+        columns: Sequence[str],
+        is_wanted: Callable[[dict], bool] = lambda record: True,
+        prefix: str | None = None,
+    ) -> Table:
         """`<name>.csv`, keyed by `cell`: the rows that cells of whatever phase hold under `key` of their extra."""
-        kept = {
-            cell: [{"cell": cell, **row} for row in record["extra"].get(key, [])] for cell, record in self.records()
-        }
-        rows = [row for of_cell in ordered_rows(kept, planned) for row in of_cell]
-        frame = pd.DataFrame(rows, columns=["cell", *columns])
-        write_text(self.place(f"{name}.csv"), frame.to_csv(index=False))
+
+        def rows(record: dict) -> list[dict]:
+            return [{"cell": record["row"]["cell"], **row} for row in record["extra"].get(key, [])]
+
+        return Table(self.place(f"{name}.csv"), ["cell", *columns], rows, is_wanted, prefix)
 
     def read_extra_table(self, name: str) -> pd.DataFrame | None:
         path = self.place(f"{name}.csv")
@@ -346,6 +390,56 @@ class Store:
             raise StoreError(f"{path}: cannot be read ({error}); use another results_dir") from None
 
 
+@dataclass(frozen=True)
+class Table:
+    """A CSV file that is made of cells' records."""
+
+    path: Path
+    columns: Sequence[str]
+    rows: Callable[[dict], Sequence[Mapping[str, Any]]]  # of a record; what they lack of the columns is empty
+    is_wanted: Callable[[dict], bool] = lambda record: True  # by a record; without one the table is not written
+    prefix: str | None = None  # of more columns, which only the rows tell; they follow the others, by name
+    json_path: Path | None = None  # of the same rows as JSON, without what is missing
+    is_always: bool = False  # written whatever the records
+
+
+class _TableWriter:
+    """A table that is being written; `files` ends it, or removes it on a failure."""
+
+    def __init__(self, table: Table, files: contextlib.ExitStack):
+        self.table = table
+        self.file = files.enter_context(
+            files.enter_context(atomic_path(table.path)).open("w", encoding="utf-8", newline="")
+        )
+        self.csv = csv.writer(self.file, lineterminator="\n")
+        self.held: list[Mapping[str, Any]] = []
+        if table.prefix is None:
+            self.write(table.columns)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self.table.prefix is not None or self.table.json_path is not None:
+            self.held += rows
+        if self.table.prefix is None:
+            for row in rows:
+                self.write([row.get(column) for column in self.table.columns])
+
+    def end(self) -> None:
+        if self.table.prefix is not None:
+            more = sorted({key for row in self.held for key in row if key.startswith(self.table.prefix)})
+            self.write([*self.table.columns, *more])
+            for row in self.held:
+                self.write([row.get(column) for column in (*self.table.columns, *more)])
+        if self.table.json_path is not None:
+            write_json(self.table.json_path, [_without_missing(row) for row in self.held])
+
+    def write(self, values: Sequence[Any]) -> None:
+        """None, and NaN, are empty; numbers have every digit."""
+        with write_errors(self.table.path):
+            self.csv.writerow(
+                "" if value is None or (isinstance(value, float) and math.isnan(value)) else value for value in values
+            )
+
+
 def _read_csv(path: Path, columns: Sequence[str], phase: str) -> pd.DataFrame:
     """A table that a phase wrote and writes again from the cells' records; StoreError where it is not whole."""
     again = f"python main.py --phase {phase} writes it again from cells/"
@@ -357,12 +451,6 @@ def _read_csv(path: Path, columns: Sequence[str], phase: str) -> pd.DataFrame:
     if absent:
         raise StoreError(f"{path}: no column {absent[0]!r}; {again}")
     return table
-
-
-def ordered_rows(by_cell: dict[str, Any], planned: Sequence[str]) -> list[Any]:
-    """What is of planned cells in planned order, then that of the others by name."""
-    others = sorted(set(by_cell) - set(planned))
-    return [by_cell[cell] for cell in (*planned, *others) if cell in by_cell]
 
 
 # ----------------------------------------------------------------------------------------------------------- identities
@@ -453,7 +541,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _without_missing(row: dict) -> dict:
+def _without_missing(row: Mapping[str, Any]) -> dict:
     return {key: value for key, value in row.items() if value is not None}
 
 

@@ -31,7 +31,7 @@ from phases.complete import (
 from phases.measure import Predicted
 from plan import Cell
 from runner import FATAL, one_line, raise_poison
-from store import GROUP_METRIC_COLUMNS, Store, StoreError
+from store import GROUP_METRIC_COLUMNS, Store, StoreError, Table
 
 COLUMNS = (
     "trained_on", "evaluated_on", "status", "error", "attribute", "n", *GROUP_METRIC_COLUMNS, "home_n",
@@ -143,11 +143,13 @@ def failures(cells: Iterable[Cell], config: Config, store: Store) -> list[str]:
     ]
 
 
-def write_tables(store: Store, planned: list[str]) -> None:
+def tables(store: Store) -> list[Table]:
     """cross_dataset.csv and cross_dataset_groups.csv, where a cell was measured on another data set."""
-    if any("cross_dataset" in record["extra"] for _, record in store.records()):
-        store.write_extra_table("cross_dataset", "cross_dataset", COLUMNS, planned)
-        store.write_extra_table("cross_dataset_groups", "cross_dataset_groups", GROUP_COLUMNS, planned)
+    is_abroad = lambda record: "cross_dataset" in record["extra"]  # noqa: E731
+    return [
+        store.extra_table("cross_dataset", "cross_dataset", COLUMNS, is_abroad),
+        store.extra_table("cross_dataset_groups", "cross_dataset_groups", GROUP_COLUMNS, is_abroad),
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

@@ -28,7 +28,7 @@ from phases.complete import is_deployed as is_complete
 from phases.measure import Predicted, compression, measure_deployed
 from plan import Cell
 from runner import FATAL, CellResult, Compute, one_line, raise_poison
-from store import DEPLOYED_COLUMNS, Store, StoreError, write_errors
+from store import DEPLOYED_COLUMNS, Store, StoreError, Table, write_errors
 
 BATCHES = (1, 32)  # of the latencies
 SINGLES = 4  # passes of one image for each pass of a batch
@@ -193,18 +193,11 @@ def keep(cell: Cell, error: Exception, report: Any, config: Config, store: Store
     return deploy_again(cell, deployed, CellResult({}, record["groups"], {}), config, store)
 
 
-def write_tables(store: Store, planned: list[str]) -> None:
-    metrics = sorted(
-        {
-            key
-            for _, record in store.records()
-            for row in record["extra"].get("deployment", [])
-            for key in row
-            if key.startswith("deployed_")
-        }
-    )
-    store.write_extra_table("deployment_results", "deployment", [*DEPLOYMENT_COLUMNS, *metrics], planned)
-    store.write_extra_table("deployment_groups", "deployment_groups", GROUP_COLUMNS, planned)
+def tables(store: Store) -> list[Table]:
+    return [
+        store.extra_table("deployment_results", "deployment", DEPLOYMENT_COLUMNS, prefix="deployed_"),
+        store.extra_table("deployment_groups", "deployment_groups", GROUP_COLUMNS),
+    ]
 
 
 DEPENDENT_COLUMNS = (  # of a row: what depends on the engine

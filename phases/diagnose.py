@@ -17,7 +17,7 @@ from diagnostics import diagnose
 from phases.complete import diagnosis_settings, is_diagnosed, wants_diagnosis
 from plan import Cell
 from runner import FATAL, one_line, raise_poison
-from store import Store, seed_for
+from store import Store, Table, seed_for
 
 TABLES = {
     "diagnostics": (
@@ -72,8 +72,7 @@ def _measured(fp32, quantized, cell: Cell, dataset: FaceDataset, config: Config,
     }
 
 
-def write_tables(store: Store, planned: list[str]) -> None:
+def tables(store: Store) -> list[Table]:
     """diagnostics.csv, diagnostics_clipping.csv, diagnostics_exemplars.csv, where a cell was diagnosed."""
-    if any("diagnostics_settings" in record["extra"] for _, record in store.records()):
-        for name, columns in TABLES.items():
-            store.write_extra_table(name, name, columns, planned)
+    is_diagnosed = lambda record: "diagnostics_settings" in record["extra"]  # noqa: E731
+    return [store.extra_table(name, name, columns, is_diagnosed) for name, columns in TABLES.items()]

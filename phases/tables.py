@@ -17,17 +17,14 @@ SENSITIVITY_COLUMNS = ("layer", "bits", "sensitivity", "sensitivity_low", "sensi
 def write_tables(config: Config, store: Store) -> None:
     """Planned cells come first in each, in their order; a phase of which nothing has ended has none."""
     planned = plan(config)
-    everything = [cell.id for cells in planned.values() for cell in cells]
-    begun = {record["row"]["phase"] for _, record in store.records()}
-    if not begun:
-        return
-    for phase, cells in planned.items():
-        if phase in begun:
-            store.write_tables(phase, [cell.id for cell in cells])
-    store.write_group_table(everything)
-    store.write_extra_table("training_log", "training_log", TRAINING_COLUMNS, everything)
-    if begun & {"quantization", "mitigation"}:
-        store.write_extra_table("layer_sensitivity", "sensitivity", SENSITIVITY_COLUMNS, everything)
-    deploy.write_tables(store, everything)
-    diagnose.write_tables(store, everything)
-    cross_evaluate.write_tables(store, everything)
+    is_quantized = lambda record: record["row"]["phase"] != "baseline"  # noqa: E731
+    tables = [
+        *(store.phase_table(phase) for phase in planned),
+        store.group_table(),
+        store.extra_table("training_log", "training_log", TRAINING_COLUMNS),
+        store.extra_table("layer_sensitivity", "sensitivity", SENSITIVITY_COLUMNS, is_quantized),
+        *deploy.tables(store),
+        *diagnose.tables(store),
+        *cross_evaluate.tables(store),
+    ]
+    store.write(tables, [cell.id for cells in planned.values() for cell in cells])

@@ -10,8 +10,8 @@ from fake_study import small_config, write_study
 from PIL import Image
 
 from analysis.cross_dataset import _resampled_mean, measure_transfer, transfer_sentences, transfer_table
+from phases import cross_evaluate
 from phases.analysis import load_test_sets, planned_rows, run
-from phases.cross_evaluate import write_tables
 from plan import plan
 from significance.intervals import paired_count_table, paired_difference_intervals
 from visualizations import cross_dataset
@@ -51,7 +51,7 @@ def write_abroad(store, planned, *, skip=()):
             )
             store.write_predictions(f"{cell.id}@celeba", saved)
         store.write_cell(record["row"], record["groups"], {"cross_dataset": [row]})
-    write_tables(store, [])
+    store.write(cross_evaluate.tables(store), [])
 
 
 def written(tmp_path, settings, *, skip=(), **truth):
@@ -163,7 +163,7 @@ def test_what_is_absent_abroad_is_named_and_the_rest_is_analysed(tmp_path, monke
     path.write_bytes(path.read_bytes()[:500])
     record = store.record(unmeasured)
     store.write_cell(record["row"], record["groups"])
-    write_tables(store, [])
+    store.write(cross_evaluate.tables(store), [])
     run(settings, store)
     table = pd.read_csv(store.analysis / "missing.csv").set_index("cell")
     assert table["status"].to_dict() == {damaged: "unusable elsewhere", unmeasured: "elsewhere"}

@@ -1,5 +1,6 @@
 """Artifacts: atomic writes that survive errors and kills, records before tables, missing is empty and never 0."""
 
+import errno
 import hashlib
 import json
 import math
@@ -24,8 +25,8 @@ from store import (
     MissingArtifactError,
     Store,
     StoreError,
+    Table,
     atomic_path,
-    ordered_rows,
     seed_for,
     short_hash,
     write_bytes,
@@ -314,25 +315,59 @@ def test_tables_hold_one_record_at_a_time(store):
     try:
         store.write_tables("quantization", [])
         store.write_group_table([])
-        store.write_extra_table("few", "absent", ["x"], [])
+        store.write([store.extra_table("few", "absent", ["x"])], [])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 5_000_000  # the notes alone are 10 MB
 
 
+def test_all_tables_are_written_in_one_pass_over_the_records(store, monkeypatch):
+    extra = {"few": [{"x": 1, "deployed_b": 0.1 + 0.2, "deployed_a": None}, {"x": None, "deployed_a": "a, b"}]}
+    for cell in ("a", "b", "c"):
+        store.write_cell(row(cell, accuracy=0.5), [{"cell": cell, "n": 3}], extra if cell == "b" else {})
+    read, record = [], store.record
+    monkeypatch.setattr(store, "record", lambda cell: read.append(cell) or record(cell))
+    is_few = lambda record: "few" in record["extra"]  # noqa: E731
+    tables = [
+        store.phase_table("quantization"), store.phase_table("mitigation"), store.group_table(),
+        store.extra_table("few", "few", ["x"], is_few, prefix="deployed_"),
+        store.extra_table("nobody", "nobody", ["x"], lambda record: False), store.extra_table("empty", "empty", ["x"]),
+    ]  # fmt: skip
+    store.write(tables, ["c", "b", "c"])
+    assert read == ["c", "b", "a"]
+    assert (store.root / "few.csv").read_text() == (f'cell,x,deployed_a,deployed_b\nb,1,,{0.1 + 0.2!r}\nb,,"a, b",\n')
+    assert (store.root / "empty.csv").read_text() == "cell,x\n"
+    assert not (store.root / "nobody.csv").exists() and not store.results_path("mitigation").exists()
+    assert not store.results_path("mitigation", "json").exists()
+    assert store.read_group_table()["cell"].tolist() == store.read_table("quantization")["cell"].tolist() == list("cba")
+
+
+def test_a_table_that_cannot_be_written_leaves_all_as_they_were(store):
+    store.write_cell(row("a"), [{"cell": "a", "n": 3}])
+    store.write_group_table([])
+    before = {path: path.read_bytes() for path in store.root.iterdir() if path.is_file()}
+    store.write_cell(row("b"), [{"cell": "b", "n": 3}])
+
+    def fails(record):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    broken = Table(store.root / "broken.csv", ["x"], fails)
+    with pytest.raises(StoreError, match=r"broken\.csv: cannot be written"):
+        store.write([store.group_table(), broken], [])
+    assert {path: path.read_bytes() for path in store.root.iterdir() if path.is_file()} == before
+
+
 def test_tables_have_planned_cells_first_and_in_their_order(store):
     for cell in ("a", "b", "z", "m"):
         store.write_cell(row(cell), [])
     store.write_cell(row("base", "baseline"), [])
-    frame = store.write_tables("quantization", ["z", "not computed yet", "a"])
-    assert list(frame["cell"]) == ["z", "a", "b", "m"]
+    store.write_tables("quantization", ["z", "not computed yet", "a"])
     assert list(store.read_table("quantization")["cell"]) == ["z", "a", "b", "m"]
     assert [entry["cell"] for entry in json.loads(store.results_path("quantization", "json").read_text())] == list(
         "zabm"
     )
     assert [cell for cell, _ in store.records("baseline")] == ["base"]
-    assert ordered_rows({"b": 1, "a": 2, "c": 3}, ["c", "x"]) == [3, 2, 1]
 
 
 def test_missing_is_empty_and_null_and_never_zero(store):
