@@ -13,19 +13,27 @@ import hashlib
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from filelock import FileLock
 
+from execution import quiet
 from plan import QUANTIZATION_VERSION, Cell
+from quantizers.calibration import Source, Statistics
+from quantizers.modules import QuantizedModel
+from quantizers.observers import ActivationStatistics
 from quantizers.sensitivity import Sensitivity
 from store import Store, StoreError, short_hash, write_bytes
 
-FORMAT = 1
+T = TypeVar("T")
+FORMAT = 2
+PATIENCE = 3600.0  # seconds that another cell has for measuring, before this one does it too
 POLL = 0.2  # seconds between two questions whether another cell has measured
 SENSITIVITY_OPTIONS = (  # neither widths of the model nor its budgets nor its rounding
     "calibration_samples", "calibration_split", "weight_observer", "percentile", "weight_granularity", "equalize",
@@ -33,68 +41,66 @@ SENSITIVITY_OPTIONS = (  # neither widths of the model nor its budgets nor its r
 )  # fmt: skip
 
 
-class SharedSensitivity:
-    """The layer sensitivities of mixed-precision cells; the latest is kept in memory too. `spent` are the seconds that
-    the latest took here, whether it was measured, waited for or read."""
+class _Shared(Generic[T]):
+    """One kind of what is shared; the latest is kept in memory too. `spent` are the seconds that the latest took here,
+    whether it was made, waited for or read."""
 
     def __init__(self, store: Store, device: str, threads: int):
         self.store, self.device, self.threads = store, device, threads
-        self.latest: tuple[Path, Sensitivity] | None = None
+        self.latest: tuple[Path, T] | None = None
         self.digests: dict[tuple[Path, int, int], str] = {}
         self.spent = 0.0
 
-    def once(self, cell: Cell, fingerprint: str, measure: Callable[[], Sensitivity]) -> Sensitivity:
-        """What another cell measured, or is just measuring; else what `measure` gives, kept for the others."""
+    def once_at(self, path: Path, make: Callable[[], T]) -> T:
+        """What another cell has made, or is just making; else what `make` gives, kept for the others."""
         start = time.perf_counter()
-        found = self.load(cell, fingerprint)
+        found = self.load_from(path)
         if found is None:
-            with _one_at_a_time(self.path(cell, fingerprint)):
-                found = self.load(cell, fingerprint)
+            with _one_at_a_time(path):
+                found = self.load_from(path)
                 if found is None:
-                    found = measure()
-                    self.keep(cell, fingerprint, found)
+                    found = make()
+                    self.keep_at(path, found)
         self.spent = time.perf_counter() - start
         return found
 
-    def load(self, cell: Cell, fingerprint: str) -> Sensitivity | None:
-        """What an earlier cell measured, where this one would measure the same."""
-        path = self.path(cell, fingerprint)
+    def load_from(self, path: Path) -> T | None:
         if self.latest is None or self.latest[0] != path:
-            found = _read(path)
-            self.latest = None if found is None else (path, found)
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    self.latest = (path, self.decoded(arrays))
+            except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
+                self.latest = None
         return None if self.latest is None else self.latest[1]
 
-    def keep(self, cell: Cell, fingerprint: str, sensitivity: Sensitivity) -> None:
-        path = self.path(cell, fingerprint)
+    def keep_at(self, path: Path, found: T) -> None:
         if self.latest is not None and self.latest[0] == path:
             return
-        self.latest = (path, sensitivity)
+        self.latest = (path, found)
         if not self.store.root.is_dir():
             return
         buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            layers=np.array(sensitivity.layers),
-            widths=np.array(sensitivity.widths),
-            values=sensitivity.values_LWN,
-            bytes=sensitivity.bytes_LW,
-            metric=np.array(sensitivity.metric),
-            seconds=np.array(sensitivity.seconds),
-        )
+        np.savez(buffer, **self.encoded(found))
         with contextlib.suppress(StoreError):  # what the cell itself writes will say so
             write_bytes(path, buffer.getvalue())
 
-    def path(self, cell: Cell, fingerprint: str) -> Path:
+    def place(self, kind: str, cell: Cell, **determines: Any) -> Path:
+        """Of a file whose content is determined by the cell's checkpoint, the program, the machine and this."""
         identity: dict[str, Any] = {
             "format": FORMAT,
             "checkpoint": self._checkpoint(cell),
-            "data": fingerprint,
-            "names": [cell.dataset, cell.model, cell.seed, cell.strategy],  # which draw of calibration images
-            "options": {key: cell.options.get(key) for key in SENSITIVITY_OPTIONS},
             "version": QUANTIZATION_VERSION,
             "computed": [torch.__version__, self.device, self.threads],
+            **determines,
         }
-        return self.store.root / "shared" / f"sensitivity-{short_hash(identity)}.npz"
+        return self.store.root / "shared" / f"{kind}-{short_hash(identity)}.npz"
+
+    def encoded(self, found: T) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def decoded(self, arrays: Mapping[str, np.ndarray]) -> T:
+        """ValueError, KeyError or IndexError where they are not whole."""
+        raise NotImplementedError
 
     def _checkpoint(self, cell: Cell) -> str:
         path = self.store.checkpoint_path(cell.dataset, cell.model, cell.seed)
@@ -105,6 +111,125 @@ class SharedSensitivity:
         return self.digests[known]
 
 
+class SharedSensitivity(_Shared[Sensitivity]):
+    """The layer sensitivities of mixed-precision cells."""
+
+    def once(self, cell: Cell, fingerprint: str, measure: Callable[[], Sensitivity]) -> Sensitivity:
+        return self.once_at(self.path(cell, fingerprint), measure)
+
+    def load(self, cell: Cell, fingerprint: str) -> Sensitivity | None:
+        """What an earlier cell measured, where this one would measure the same."""
+        return self.load_from(self.path(cell, fingerprint))
+
+    def keep(self, cell: Cell, fingerprint: str, sensitivity: Sensitivity) -> None:
+        self.keep_at(self.path(cell, fingerprint), sensitivity)
+
+    def path(self, cell: Cell, fingerprint: str) -> Path:
+        return self.place(
+            "sensitivity",
+            cell,
+            data=fingerprint,
+            names=[cell.dataset, cell.model, cell.seed, cell.strategy],  # which draw of calibration images
+            options={key: cell.options.get(key) for key in SENSITIVITY_OPTIONS},
+        )
+
+    def encoded(self, found: Sensitivity) -> dict[str, np.ndarray]:
+        return {
+            "layers": np.array(found.layers),
+            "widths": np.array(found.widths),
+            "values": found.values_LWN,
+            "bytes": found.bytes_LW,
+            "metric": np.array(found.metric),
+            "seconds": np.array(found.seconds),
+        }
+
+    def decoded(self, arrays: Mapping[str, np.ndarray]) -> Sensitivity:
+        found = Sensitivity(
+            tuple(arrays["layers"].tolist()),
+            tuple(arrays["widths"].tolist()),
+            arrays["values"],
+            arrays["bytes"],
+            str(arrays["metric"]),
+            float(arrays["seconds"]),
+        )
+        shape = (len(found.layers), len(found.widths))
+        if found.values_LWN.ndim != 3 or not found.values_LWN.shape[:2] == shape == found.bytes_LW.shape:
+            raise ValueError("not a value for each layer and width")
+        if not np.isfinite(found.values_LWN).all():
+            raise ValueError("values that are not finite")
+        return found
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the activation quantizers saw of the calibration images, and the seconds that the pass took."""
+
+    statistics: Statistics
+    seconds: float
+
+
+class SharedStatistics(_Shared[Observed]):
+    """The pass of the calibration images through the float network: the same for all observers and widths."""
+
+    def __init__(self, store: Store, device: str, threads: int):
+        super().__init__(store, device, threads)
+        self.correction = 0.0  # seconds of the passes of the latest cell, less what it spent for having them
+
+    def of(self, cell: Cell) -> Source:
+        """For calibration.observing_through, while this cell is computed."""
+        self.correction = 0.0
+
+        def observed(model: QuantizedModel, images: torch.Tensor, look: Callable[[], Statistics]) -> Statistics:
+            def make() -> Observed:
+                start = time.perf_counter()
+                statistics = look()
+                return Observed(statistics, time.perf_counter() - start)
+
+            found = self.once_at(self.path(cell, model, images), make)
+            self.correction += found.seconds - self.spent
+            return found.statistics
+
+        return observed
+
+    def path(self, cell: Cell, model: QuantizedModel, images: torch.Tensor) -> Path:
+        """By content: the parameters as they were folded and equalized, which quantizers there are, and the images."""
+        return self.place(
+            "statistics",
+            cell,
+            names=[cell.dataset, cell.model],
+            quantizers=list(model.activation_quantizers()),
+            parameters=_digest(dict(model.named_parameters())),
+            images=_digest({"images": images}),
+        )
+
+    def encoded(self, found: Observed) -> dict[str, np.ndarray]:
+        kept = {"seconds": np.array(found.seconds), "names": np.array(list(found.statistics))}
+        for place, seen in enumerate(found.statistics.values()):
+            kept |= {f"{place}.{key}": array for key, array in seen.arrays().items()}
+        return kept
+
+    def decoded(self, arrays: Mapping[str, np.ndarray]) -> Observed:
+        parts: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        for key in arrays:
+            place, _, name = key.partition(".")
+            if name:
+                parts[place][name] = arrays[key]
+        names = arrays["names"].tolist()
+        statistics = {
+            name: ActivationStatistics.from_arrays(name, parts[str(place)]) for place, name in enumerate(names)
+        }
+        return Observed(statistics, float(arrays["seconds"]))
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Meanwhile no other process on this file system is in here for the same file. It is asked again and again, since a
@@ -112,27 +237,11 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")).acquire(poll_interval=POLL))
-        except (OSError, NotImplementedError):  # a folder that cannot be written to, a file system without locks
+            lock = FileLock(path.with_suffix(".lock"), fallback_to_soft=False)
+            with quiet.off_the_clock():  # what the other one does is not this cell's own
+                stack.enter_context(lock.acquire(timeout=PATIENCE, poll_interval=POLL))
+        except (OSError, NotImplementedError):  # nothing can be written, there are no locks, the other one never ends
             pass
         yield
         with contextlib.suppress(OSError):
             path.with_suffix(".lock").unlink(missing_ok=True)  # who still waits for it finds the file
-
-
-def _read(path: Path) -> Sensitivity | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = Sensitivity(
-                tuple(arrays["layers"].tolist()),
-                tuple(arrays["widths"].tolist()),
-                arrays["values"],
-                arrays["bytes"],
-                str(arrays["metric"]),
-                float(arrays["seconds"]),
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    shape = (len(found.layers), len(found.widths))
-    is_whole = found.values_LWN.ndim == 3 and found.values_LWN.shape[:2] == shape == found.bytes_LW.shape
-    return found if is_whole and np.isfinite(found.values_LWN).all() else None

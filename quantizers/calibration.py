@@ -5,8 +5,9 @@ The images pass once through the float network, its quantizers only watching: se
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -18,6 +19,7 @@ from quantizers.observers import HISTOGRAM_OBSERVERS, ActivationStatistics
 CALIBRATION_BATCH = 64
 
 Statistics = dict[str, ActivationStatistics]  # by the name of the quantizer
+Source = Callable[[QuantizedModel, torch.Tensor, Callable[[], Statistics]], Statistics]
 
 
 def gather_images(
@@ -60,10 +62,32 @@ def check_images(images: torch.Tensor) -> None:
 
 
 def observe(model: QuantizedModel, images: torch.Tensor, with_histogram: bool = True) -> Statistics:
-    """What every static activation quantizer sees of `images` (n, 3, H, W) in the float model, in one pass.
+    """What every static activation quantizer sees of `images` (n, 3, H, W) in the float model, in one pass. They depend
+    neither on the quantizers' widths nor, with the histogram, on the observer that reads them.
 
     QuantizationError where a quantizer sees nothing, or values that are not finite.
     """
+    if _source is not None:
+        return _source(model, images, lambda: _pass(model, images, with_histogram=True))
+    return _pass(model, images, with_histogram)
+
+
+@contextlib.contextmanager
+def observing_through(source: Source) -> Iterator[None]:
+    """Meanwhile what `observe` gives is what `source(model, images, look)` gives, which may know it already; `look()`
+    makes the pass."""
+    global _source
+    before, _source = _source, source
+    try:
+        yield
+    finally:
+        _source = before
+
+
+_source: Source | None = None
+
+
+def _pass(model: QuantizedModel, images: torch.Tensor, with_histogram: bool) -> Statistics:
     statistics = {
         name: ActivationStatistics(name, with_histogram)
         for name, quantizer in model.activation_quantizers().items()

@@ -15,7 +15,7 @@ entropy         the range of the least KL divergence of the quantized from the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,6 +149,38 @@ class ActivationStatistics:
         seen = counts_VG.sum(axis=1) > 0
         factor = 1.0 if self._exponent is None else 2.0**-self._exponent
         return np.clip(VALUES[seen] * factor, *self.bounds()), counts_VG[seen]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that was observed, to be kept; the histogram without its empty bins."""
+        assert self.low is not None and self._terms is None, "of one pass over the images"
+        kept = {
+            "extremes": np.array([float(self.low), float(self.high)]),
+            "images": np.array(self.images),
+            "lows": torch.cat(self._lows).cpu().numpy(),
+            "highs": torch.cat(self._highs).cpu().numpy(),
+        }
+        if self._counts is not None:
+            counts = self._counts.numpy()
+            kept["bins"] = np.flatnonzero(counts.any(axis=0)).astype(np.int32)
+            kept["counts"] = counts[:, kept["bins"]]
+        if self._exponent is not None:
+            kept["exponent"] = np.array(self._exponent)
+        return kept
+
+    @classmethod
+    def from_arrays(cls, name: str, kept: Mapping[str, np.ndarray]) -> ActivationStatistics:
+        """What `arrays` gave, on the CPU. KeyError, IndexError or ValueError where it is not whole."""
+        seen = cls(name, with_histogram="bins" in kept)
+        low, high = kept["extremes"].tolist()
+        seen.low, seen.high = torch.tensor(low), torch.tensor(high)
+        seen.images = int(kept["images"])
+        seen._lows, seen._highs = [torch.from_numpy(kept["lows"])], [torch.from_numpy(kept["highs"])]
+        if seen.with_histogram:
+            counts = np.zeros((2, BINS))
+            counts[:, kept["bins"]] = kept["counts"]
+            seen._counts = torch.from_numpy(counts)
+        seen._exponent = int(kept["exponent"]) if "exponent" in kept else None
+        return seen
 
     def _averaged_extremes(self) -> tuple[float, float]:
         """A term of age t weighs AVERAGING (1 - AVERAGING)^t over the sum of them all: the first is not favoured."""

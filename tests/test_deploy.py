@@ -297,12 +297,12 @@ def without_times(value):
 
 
 def contents(results: Path) -> dict[str, object]:
-    """Every file but the run's own description and the analysis, without what is measured in time."""
+    """Every file but the run's own description, the analysis and what cells share (and how long it took)."""
     found = {}
     for path in sorted(path for path in results.rglob("*") if path.is_file()):
         name = path.relative_to(results).as_posix()
         of_the_run = ("config.yaml", "environment.json", "log.jsonl", ".lock")
-        if path.parent.name in ("analysis", "tables") or name in of_the_run:
+        if path.parent.name in ("analysis", "tables", "shared") or name in of_the_run:
             continue
         if path.suffix == ".csv":
             frame = pd.read_csv(path, keep_default_na=False, dtype=str)

@@ -1,6 +1,8 @@
-"""The sensitivity table that mixed-precision cells share: measured once, and no bit of a cell depends on who did it."""
+"""What cells share, sensitivities and what calibration images show: measured once, and no bit of a cell depends on who
+did it."""
 
 import dataclasses
+import io
 import json
 import shutil
 import threading
@@ -10,12 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import main
 from config import load_config
-from phases.shared import SharedSensitivity
+from execution import quiet
+from models import build_model
+from phases.shared import SharedSensitivity, SharedStatistics
 from plan import plan
-from quantizers import mixed_precision
+from quantizers import calibration, mixed_precision, ptq
+from quantizers.observers import ActivationStatistics
 from quantizers.sensitivity import Sensitivity
 from store import TIMING_COLUMNS, Store
 
@@ -149,6 +155,27 @@ def test_of_cells_at_the_same_time_one_measures_and_the_others_wait(shared):
     assert [path.suffix for path in make().path(cell, "f").parent.iterdir()] == [".npz"]
 
 
+def test_waiting_for_another_cell_is_not_a_cells_own_time(shared):
+    make, cell, table = shared
+    begun = threading.Event()
+
+    def measure() -> Sensitivity:
+        begun.set()
+        time.sleep(1.0)
+        return table
+
+    measuring = threading.Thread(target=make().once, args=(cell, "f", measure))
+    measuring.start()
+    assert begun.wait(10)
+    before = quiet.paused_seconds()
+    assert np.array_equal(make().once(cell, "f", lambda: pytest.fail("twice")).values_LWN, table.values_LWN)
+    assert 0.5 < quiet.paused_seconds() - before < 10
+    measuring.join()
+    before = quiet.paused_seconds()
+    make().once(cell, "another", lambda: time.sleep(0.3) or table)  # what it measures itself is
+    assert quiet.paused_seconds() - before < 0.2
+
+
 def test_a_measurement_that_fails_blocks_nobody(shared):
     make, cell, table = shared
     with pytest.raises(MemoryError):
@@ -231,4 +258,137 @@ def test_the_name_holds_what_determines_the_table(trained, copy_of):
     checkpoint = Store(results).checkpoint_path(first.dataset, first.model, first.seed)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1] + b"\x01")
     names.append(name())
+    assert len(set(names)) == len(names)
+
+
+# ------------------------------------------------------------------------------------------------------ what was seen
+
+OBSERVERS = ["minmax", "moving_average", "percentile", "mse", "entropy"]
+SWEEP = (
+    f"quantization.ptq_static.observer=[{', '.join(OBSERVERS)}]", "quantization.bit_widths=[8, 3]",
+    "quantization.ptq_static.calibration_samples=16",
+    "quantization.methods=[ptq_static, {method: ptq_static, equalize: true, observer: minmax}, mixed_precision]",
+    "quantization.mixed_precision.sensitivity_samples=8", "quantization.mixed_precision.calibration_samples=16",
+)  # fmt: skip
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[bool]:
+    """Of each pass of the calibration images through the float network, whether it filled histograms."""
+    seen, real = [], calibration._pass
+
+    def counted(model, images, with_histogram):
+        seen.append(with_histogram)
+        return real(model, images, with_histogram)
+
+    monkeypatch.setattr(calibration, "_pass", counted)
+    return seen
+
+
+def predictions_of(results: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((results / "predictions").iterdir())}
+
+
+def test_one_pass_serves_all_observers_and_widths_and_changes_no_bit(trained, copy_of, passes, monkeypatch):
+    config, together, alone = trained[0], copy_of("together"), copy_of("alone")
+    assert run("quantization", config, together, *SWEEP) == 0
+    assert passes == [True, True]  # of fourteen cells: as trained, and equalized
+    assert len(list((together / "shared").glob("statistics-*.npz"))) == 2
+    with monkeypatch.context() as patch:  # every cell for itself, as apply_quantization does it in a notebook
+        patch.setattr(SharedStatistics, "of", lambda self, cell: None)
+        assert run("quantization", config, alone, *SWEEP) == 0
+    cells = plan(load_config(str(config), list(SWEEP)))["quantization"]
+    assert len(cells) == 14 and len(passes) == 2 + 14 and not all(passes)
+    assert predictions_of(together) == predictions_of(alone) and len(predictions_of(alone)) == 15
+    # cells that are added later begin with nothing in memory, and read the file
+    wider = [*SWEEP, "quantization.bit_widths=[8, 4, 3]"]
+    assert run("quantization", config, together, *wider) == 0
+    assert len(passes) == 2 + 14
+    assert len(predictions_of(together)) == 15 + 7
+
+
+def test_the_seconds_of_a_pass_count_for_every_cell_that_needs_it(trained, copy_of, monkeypatch):
+    config, results = trained[0], copy_of("results")
+    real = calibration._pass
+
+    def slow(*arguments, **options):
+        time.sleep(1.0)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(calibration, "_pass", slow)
+    assert run("quantization", config, results, "quantization.methods=[ptq_static]") == 0
+    cells = plan(load_config(str(config), ["quantization.methods=[ptq_static]"]))["quantization"]
+    seconds = [Store(results).record(cell.id)["row"]["calibration_seconds"] for cell in cells]
+    assert len(seconds) == 2 and all(1.0 < value < 3.0 for value in seconds)
+
+
+@pytest.mark.parametrize("with_histogram", [False, True])
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_what_was_seen_comes_back_to_the_last_bit(with_histogram, is_silent):
+    generator = torch.Generator().manual_seed(0)
+    seen = ActivationStatistics("x", with_histogram)
+    for n in (16, 16, 5):
+        x = torch.randn(n, 3, 7, generator=generator).relu_() * 37
+        seen.observe(torch.zeros_like(x) if is_silent else x)
+    kept = {name: array.copy() for name, array in seen.arrays().items()}
+    again = ActivationStatistics.from_arrays("x", kept)
+    assert again.bounds() == seen.bounds() and again.images == 37 and again.is_silent() == is_silent
+    for observer in OBSERVERS if with_histogram else ["minmax", "moving_average"]:
+        for bits in (2, 4, 8):
+            for is_symmetric in (False, True):
+                arguments = (observer, bits, 99.0, is_symmetric)
+                assert again.range(*arguments) == seen.range(*arguments)
+    assert {name: array.tolist() for name, array in again.arrays().items()} == {
+        name: array.tolist() for name, array in kept.items()
+    }
+
+
+def test_a_damaged_pass_is_made_again(trained, copy_of, passes):
+    config, results = trained[0], copy_of("results")
+    assert run("quantization", config, results, "quantization.methods=[ptq_static]") == 0
+    (path,) = (results / "shared").glob("statistics-*.npz")
+    with np.load(path) as arrays:
+        kept = dict(arrays)
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], b"", _without(kept, "0.lows"), _without(kept, "names")):
+        path.write_bytes(damaged)
+        del passes[:]
+        for cell in (results / "cells").glob("*ptq_static*"):
+            cell.unlink()
+        assert run("quantization", config, results, "quantization.methods=[ptq_static]") == 0
+        assert len(passes) == 1
+        with np.load(path) as arrays:
+            assert all(np.array_equal(arrays[name], kept[name]) for name in kept if name != "seconds")
+
+
+def _without(arrays: dict[str, np.ndarray], name: str) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **{key: value for key, value in arrays.items() if key != name})
+    return buffer.getvalue()
+
+
+def test_the_name_holds_the_parameters_and_the_images(trained, copy_of):
+    config, results = load_config(str(trained[0]), []), copy_of("results")
+    cell, images = plan(config)["quantization"][0], torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def name(bits=8, recipe=None, change=None, images=images) -> str:
+        model = ptq.attach(
+            build_model("test_resnet", 2, 32, seed=0), images, "ptq_static", bits, bits, recipe or ptq.Recipe()
+        )
+        if change is not None:
+            change(model)
+        return SharedStatistics(Store(results), "cpu", 1).path(cell, model, images).name
+
+    def nudge(model) -> None:
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0] += 1e-6
+
+    assert name() == name(bits=3) == name(recipe=ptq.Recipe(observer="minmax", rounding="adaround"))
+    names = [
+        name(),
+        name(recipe=ptq.Recipe(equalize=True)),
+        name(change=nudge),
+        name(images=images[:3]),
+        name(images=images + 1e-6),
+    ]
     assert len(set(names)) == len(names)
