@@ -32,6 +32,7 @@ from execution.cells import (
     raise_poison,
 )
 from execution.executors import open_executor
+from execution.order import longest_first
 from execution.run_lock import record_of
 from execution.run_log import RunLog
 from execution.tracking import Tracker
@@ -182,6 +183,8 @@ def run_cells(
     owner = record.read_bytes() if record.exists() else None
     job = Job(prepare, config, str(store.root.absolute()), device, token, owner)
     executor = report.executor or open_executor(config, device)
+    if not executor.is_here:
+        todo = longest_first(todo, config)
     try:
         compute = prepare(config, store, device, data) if executor.is_here else None
         with contextlib.closing(executor.run(job, compute, todo, report)) as ended:

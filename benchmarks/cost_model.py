@@ -40,6 +40,7 @@ import numpy as np
 
 from benchmarks.schedule import Task, critical_path, schedule
 from config import Config, load_config
+from execution.order import longest_first, split_sizes
 from plan import Cell, plan
 from sections.base import MODELS
 
@@ -47,8 +48,6 @@ OUTPUT = Path("docs/scaling/cost_model.json")
 BATCH = 32  # of training; of evaluation 128 in a config, which costs an image as much
 FIT_SIZES, HELD_OUT_SIZE = (64, 160), 112
 ITERATIONS = 3  # of reconstruction, beside 1: their difference is the cost of one
-# training, validation and test images, official splits (UTKFace has none: the config's shares), of all images
-PUBLISHED = {"celeba": (162_770, 19_867, 19_962), "fairface": (86_744, 0, 10_954), "utkface": (23_705, 0, 0)}
 
 STEP = ("one", "images", "image pixels")  # a training step of `images` images
 PASS = ("images", "image pixels")
@@ -371,9 +370,11 @@ class CostModel:
         return self.step("analysis", "", 0, test, 0, cells).on()
 
     def cells(self, config: Config) -> list[tuple[Cell, Seconds]]:
-        """Each planned cell with its cost, phase by phase; a sensitivity table is paid by the first that needs it."""
+        """Each planned cell with its cost, phase by phase, in the order in which workers get them; a sensitivity table
+        is paid by the first that needs it."""
         paid: set[tuple] = set()
-        return [(cell, self.cell(cell, config, paid)) for cells in plan(config).values() for cell in cells]
+        ordered = [cell for cells in plan(config).values() for cell in longest_first(cells, config)]
+        return [(cell, self.cell(cell, config, paid)) for cell in ordered]
 
     def cell(self, cell: Cell, config: Config, paid: set[tuple] | None = None) -> Seconds:
         size = config.dataset(cell.dataset).image_size
@@ -437,24 +438,6 @@ GROUP_KINDS = {
     "sensitive_channels": "sensitive_channels",
     "sensitive_layers": "sensitive_layers",
 }
-
-
-def split_sizes(config: Config, dataset: str) -> tuple[int, int, int]:
-    """Training, validation and test images, with the limits of the config."""
-    section = config.dataset(dataset)
-    if dataset == "synthetic":
-        train, validation, test = section.train_images, section.validation_images, section.test_images
-    else:
-        train, validation, test = PUBLISHED[dataset]
-        if not test:
-            test = round(train * section.test_share)
-            train -= test
-        if not validation:
-            validation = round(train * section.validation_share)
-            train -= validation
-    if section.max_train is not None and section.max_train < train:
-        train, validation = section.max_train, -(-validation * section.max_train // train)
-    return train, validation, min(test, section.max_test or test)
 
 
 VALUES = {"race": {"fairface": 7, "utkface": 5}, "age_group": {"fairface": 3, "utkface": 3}, "age": {"fairface": 9}}

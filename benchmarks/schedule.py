@@ -1,6 +1,6 @@
 """When each cell of a study starts and ends on so many workers; the critical path; lower and upper bounds.
 
-What the runner does is modelled: the cells of a phase in the plan's order, a free worker takes the first one that is
+What the runner does is modelled: the cells of a phase in the order given, a free worker takes the first one that is
 left, and a phase begins when the one before it is over (`barriers`). Without barriers a cell begins when the baseline
 that it reads is there: what the same machines could do.
 """
