@@ -1,8 +1,8 @@
 """A cell's work, wherever it is done: what is sent to a worker, what comes back, and what is measured of it there.
 
 A cell is a function of (config, cell, artifacts in the results folder): a worker opens the folder and the data itself
-(decoded images are memory-mapped, so that all workers of a machine share one copy), writes predictions and checkpoints,
-and gives back the row; the program that it works for writes the record, which marks the cell as ended.
+(decoded images are read from one file, of which all workers of a machine share the kernel's copy), writes predictions
+and checkpoints, and gives back the row; the program that it works for writes the record, which marks the cell as ended.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ POISON = re.compile(
     r"|(CUDNN|CUBLAS|CUSOLVER|CUSPARSE)_STATUS_(?!NOT_SUPPORTED)"
 )
 PROGRESS_SECONDS = 0.1  # between two messages of how far a cell is
+GARBAGE_SHARE = 0.05  # of the time that looking for garbage may take
 PATIENCE = 70.0  # seconds that a machine may take to see a file that another one has just written: NFS, at most 60
 
 
@@ -119,13 +120,22 @@ def compute_cell(cell: Cell, compute: Compute, job: Job, tell: Tell) -> Outcome:
     folder says who computes it."""
     _check_folder(job)
     with Store(job.results_dir).mark_running(cell.id), _forgetting_sources():
-        return _compute(cell, compute, job.config, tell)
+        outcome = _compute(cell, compute, job.config, tell)
+        try:
+            _free_memory()  # a traced model is a cycle: it would stay until Python looks for these, on a GPU too
+        except RuntimeError as error:  # an error of a GPU may show only now
+            if not is_poisoned(error):
+                raise
+            raise PoisonedError(one_line(error), "".join(traceback.format_exception(error))) from None
+        return outcome
 
 
 def _compute(cell: Cell, compute: Compute, config: Config, tell: Tell) -> Outcome:
     threads = config.run.threads_per_cell
     start, clock, paused = time.time(), time.perf_counter(), quiet.paused_seconds()
-    is_own_peak = reset_peak_memory()
+    is_own_peak, is_on_gpu = reset_peak_memory(), _has_gpu()
+    if is_on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     row, groups, extra = {**cell.identity(), "status": "failed", "error": None}, [], {}
     trace = None
     with threadpoolctl.threadpool_limits(threads):  # numpy's too, as OMP_NUM_THREADS has it in a worker
@@ -144,11 +154,11 @@ def _compute(cell: Cell, compute: Compute, config: Config, tell: Tell) -> Outcom
                 row["error"] += f" ({MEMORY_HINT})"
         else:
             row, groups, extra = as_record(cell, result)
-    if trace is not None:
-        _free_memory()
     seconds, paused = time.perf_counter() - clock, quiet.paused_seconds() - paused
     peak = peak_memory_mb() if is_own_peak else None
     log = log_entry(cell, row, start, seconds, peak_memory_mb=peak, worker=worker_name(), trace=trace, paused=paused)
+    if is_on_gpu or _has_gpu():  # the first cell of a process is the one that turns to it
+        log["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return Outcome(row, groups, extra, log)
 
 
@@ -264,9 +274,24 @@ def _forgetting_sources() -> Iterator[None]:
 
 
 def _free_memory() -> None:
+    """Not more often than takes a twentieth of the time: cells may be tiny, and Python's own look comes in the end."""
+    global _look_again
+    start = time.monotonic()
+    if start < _look_again:
+        return
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    now = time.monotonic()
+    _look_again = now + (now - start) / GARBAGE_SHARE
+    if _has_gpu():
         torch.cuda.empty_cache()
+
+
+_look_again = 0.0  # when (monotonic) garbage is looked for again
+
+
+def _has_gpu() -> bool:
+    """Whether this process computes on one."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 _GROUP_IDENTITY = ("cell", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits")

@@ -41,7 +41,8 @@ THREAD_VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
 )  # fmt: skip
 END_SECONDS = 5.0  # that a worker which is free has for ending
-FAILED_STARTS = 20  # workers in a row that were killed before they were there
+FAILED_STARTS = 20  # workers in a row that ended before they were there
+START_PAUSE = 1.0  # seconds until another one is started then
 
 
 class CellTimeout(RuntimeError):
@@ -130,13 +131,15 @@ class Processes:
         self.visible = gpus_of_jobs(jobs, config.run.gpus_per_cell) if device == "cuda" else [None] * jobs
         self.workers: list[_Worker | None] = [None] * jobs
         self.failed_starts = 0
+        self.has_worked = False  # any of them: what keeps another one from starting may pass
+        self.start_again = 0.0  # when (monotonic); not before
 
     def run(self, job: Job, compute: Compute | None, cells: Sequence[Cell], report: Any) -> Iterator[Ended]:
         todo, attempts = list(cells), Counter()
         try:
             while todo or self._busy():
                 self._assign(job, todo)
-                for worker in self._ready():
+                for worker in self._ready(is_waiting=bool(todo)):
                     ended = self._receive(worker, todo, attempts, report)
                     if ended is not None:
                         yield ended
@@ -171,14 +174,30 @@ class Processes:
                 self._discard(worker)  # it died while it had nothing to do
                 worker = None
             if worker is None:
-                worker = self.workers[place] = _Worker(self.settings.threads_per_cell, self.visible[place])
-            if worker.cell is None:
+                worker = self.workers[place] = self._started(place)
+            if worker is not None and worker.cell is None:
                 others = {other.model for other in self._busy()}
                 worker.give(job, todo.pop(chosen(todo, worker.model, others)))
 
-    def _ready(self) -> list[_Worker]:
+    def _started(self, place: int) -> _Worker | None:
+        """None where none can be started now."""
+        if time.monotonic() < self.start_again:
+            return None
+        try:
+            return _Worker(self.settings.threads_per_cell, self.visible[place])
+        except OSError as error:  # no processes, no memory, no room for temporary files
+            self._not_started(one_line(error))
+            return None
+
+    def _ready(self, is_waiting: bool) -> list[_Worker]:
+        """Those that say something, or have ended. `is_waiting`: there are cells for another worker."""
         busy = self._busy()
+        if not busy:  # none could be started
+            time.sleep(max(0.0, self.start_again - time.monotonic()))
+            return []
         deadlines = [worker.clock.deadline for worker in busy if worker.clock.deadline is not None]
+        if is_waiting and None in self.workers:
+            deadlines.append(self.start_again)
         wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         waited = {handle: worker for worker in busy for handle in (worker.connection, worker.process.sentinel)}
         found = connection.wait(list(waited), wait)
@@ -194,7 +213,7 @@ class Processes:
             return self._lost(worker, todo, attempts, report)
         cell = worker.cell
         if kind == "started":
-            self.failed_starts = 0
+            self.failed_starts, self.has_worked = 0, True
             worker.has_started = True
             worker.clock.begin(self.settings.cell_timeout)
             report.begin(cell.id)
@@ -216,10 +235,8 @@ class Processes:
         name = worker_name(worker.process.pid)
         self._discard(worker)
         if not has_started:
-            self.failed_starts += 1
-            if not how.startswith("killed") or self.failed_starts >= FAILED_STARTS:
-                raise ConfigError(f"run.executor: a worker process cannot be started: {how}, see above")
             todo.insert(0, cell)
+            self._not_started(f"{how}, see above", is_killed=how.startswith("killed"))
             return None
         attempts[cell.id] += 1
         why = reason or f"its worker was {how}"
@@ -229,6 +246,15 @@ class Processes:
             return None
         error = died(why, attempts[cell.id])
         return cell, lost_outcome(cell, error, start, worker=name, trace=trace)
+
+    def _not_started(self, why: str, is_killed: bool = False) -> None:
+        """It is tried again later; ConfigError where no other worker is at work and it is no use: the first ones end by
+        themselves, or too many do."""
+        self.failed_starts += 1
+        is_useless = self.failed_starts >= FAILED_STARTS or not (is_killed or self.has_worked)
+        if is_useless and not self._busy():
+            raise ConfigError(f"run.executor: a worker process cannot be started: {why}")
+        self.start_again = time.monotonic() + START_PAUSE
 
     def _timed_out(self, worker: _Worker) -> Outcome:
         name = worker_name(worker.process.pid)
@@ -298,12 +324,15 @@ class Clock:
     deadline: float | None = None
     pause: float = 0.0  # how much of it was added to the deadline
 
-    def begin(self, timeout: float | None) -> None:
-        self.start, self.pause = time.time(), 0.0
-        self.deadline = None if timeout is None else time.monotonic() + timeout
+    def begin(self, timeout: float | None, elapsed: float = 0.0) -> None:
+        """`elapsed` seconds ago."""
+        self.start, self.pause = time.time() - elapsed, 0.0
+        self.deadline = None if timeout is None else time.monotonic() + timeout - elapsed
 
     def add_pause(self, pause: float) -> None:
-        """The time for which it stood still is not its own."""
+        """The time for which it stood still is not its own. It never becomes less: where it seems to, its two parts
+        were read while they were written."""
+        pause = max(pause, self.pause)
         if self.deadline is not None:
             self.deadline += pause - self.pause
         self.pause = pause
@@ -370,9 +399,12 @@ class _Worker:
         for end in (lambda: os.killpg(self.process.pid, signal.SIGKILL), self.process.kill):
             with contextlib.suppress(OSError):  # no group yet, or nobody left
                 end()
-        self.process.join()
-        self.process.close()
         self.connection.close()
+        self.process.join(END_SECONDS)
+        try:
+            self.process.close()
+        except ValueError:  # the kernel cannot end it yet, in a disk or a GPU that does not answer
+            multiprocessing.process._children.discard(self.process)  # Python would wait for it in the end
 
 
 def _start_tracker() -> None:

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,9 @@ RAY_SECONDS = 0.25  # between two looks at what cells tell
 ACTOR_SECONDS = 10.0  # that the actor has for an answer, until cells go on being looked at without
 STANDSTILL_SECONDS = 1.0  # between two messages of a cell that stands still
 HEARD_SECONDS = 5.0  # past its limit, after which a cell that stood still would have been heard
+CANCEL_SECONDS = 60.0  # after that, until a worker that does not end is given up
+NO_ROOM_SECONDS = 600.0  # that cells wait for places, where such workers hold some
+STARTED_SECONDS = 5.0  # between two messages that a cell has started: one may be lost with the actor
 
 
 class Ray:
@@ -76,15 +80,18 @@ class Ray:
         import ray
 
         self._connect()
-        task = ray.remote(_ray_cell).options(
+        task = ray.remote(
             num_cpus=self.settings.threads_per_cell,
             num_gpus=self.gpus,
             max_retries=0,
+            # a process has the GPU that it first used for good, and memory on it; the next cell may be given another
+            max_calls=1 if self.gpus else 0,
             **({} if self.is_mine else {"runtime_env": self.environment}),
-        )
+        )(_ray_cell)
         shared = ray.put(job)
-        running = {task.remote(shared, cell, self.events): _RayCell(cell) for cell in cells}
+        running = {task.remote(shared, cell, self.events, 0): _RayCell(cell) for cell in cells}
         by_id = {of.cell.id: of for of in running.values()}
+        given_up, last = 0, time.monotonic()
         try:
             while running:
                 ended, _ = ray.wait(list(running), timeout=RAY_SECONDS)
@@ -95,14 +102,25 @@ class Ray:
                     if outcome is None:
                         report.lost(of.lost_attempt())
                         of.submitted_again()
-                        running[task.remote(shared, of.cell, self.events)] = of
+                        running[task.remote(shared, of.cell, self.events, of.attempts)] = of
                     else:
                         del by_id[of.cell.id]  # what it still tells is late
                         yield of.cell, outcome
-                for ref, of in running.items():
+                for ref, of in list(running.items()):
                     if of.clock.is_late(HEARD_SECONDS) and not of.is_late:
                         of.is_late = True
                         ray.cancel(ref, force=True)
+                    if of.clock.is_late(HEARD_SECONDS + CANCEL_SECONDS):  # its worker cannot even be killed
+                        del running[ref], by_id[of.cell.id]
+                        given_up, last = given_up + 1, time.monotonic()
+                        yield of.cell, self._timed_out(of)
+                if not given_up or any(of.has_started for of in running.values()):
+                    last = time.monotonic()
+                elif running and time.monotonic() > last + NO_ROOM_SECONDS:
+                    raise ConfigError(
+                        f"run.executor: {given_up} workers that cannot be ended hold places of Ray, and nothing has "
+                        "started for a while; finished cells are kept: start Ray anew and run the same command again"
+                    )
         finally:
             for ref in running:
                 with contextlib.suppress(ray.exceptions.RayError):  # it would hide why the run ends
@@ -158,14 +176,16 @@ class Ray:
 
     def _drain(self, by_id: dict[str, _RayCell], report: Any) -> None:
         """Pass on what cells have told."""
-        for cell, kind, *values in self._told():
+        for cell, attempt, kind, *values in self._told():
             of = by_id.get(cell)
-            if of is None:  # it has ended
+            if of is None or attempt != of.attempts:  # it has ended, or was lost
                 continue
             if kind == "started":
-                (of.worker,) = values
-                of.has_started = True
-                of.clock.begin(self.settings.cell_timeout)
+                worker, elapsed = values
+                if of.has_started:  # it says so again and again
+                    continue
+                of.worker, of.has_started = worker, True
+                of.clock.begin(self.settings.cell_timeout, elapsed)
                 report.begin(cell)
             elif kind == "poisoned":
                 of.reason, of.trace = values
@@ -202,15 +222,18 @@ class Ray:
             of.attempts += 1
             of.how = type(error).__name__
             if of.is_late:
-                why: Exception = timed_out(self.settings.cell_timeout)
-            elif of.attempts <= self.settings.retries:
+                return self._timed_out(of)
+            if of.attempts <= self.settings.retries:
                 return None
-            else:
-                why = died(of.why_lost(), of.attempts)
+            why = died(of.why_lost(), of.attempts)
             return lost_outcome(of.cell, why, of.clock.start, worker=of.worker, trace=of.trace)
         if isinstance(result, Exception):
             raise result
         return result
+
+    def _timed_out(self, of: _RayCell) -> Outcome:
+        why = timed_out(self.settings.cell_timeout)
+        return lost_outcome(of.cell, why, of.clock.start, worker=of.worker, trace=of.trace)
 
 
 @contextlib.contextmanager
@@ -270,13 +293,19 @@ class _Events:
 def _told_standstill(send: Any) -> Iterator[Any]:
     """The memory for quiet.computing; meanwhile a thread tells for how long the cell stands still, which tells nothing
     itself then, so that this time is not taken for its own. Not from the handler of the signal that makes it stand
-    still: it comes at any moment, also in the midst of another message."""
+    still: it comes at any moment, also in the midst of another message. It also tells now and then that the cell has
+    started, and when, without which its time would have no limit."""
     standstill = [0.0, 0.0]
     ended = threading.Event()
+    start = said = time.monotonic()
 
     def watch() -> None:
+        nonlocal said
         told = 0.0
         while not ended.wait(STANDSTILL_SECONDS):
+            if (now := time.monotonic()) - said >= STARTED_SECONDS:
+                send("started", worker_name(), now - start)
+                said = now
             if (seconds := quiet.standing(standstill)) > told:
                 send("standstill", seconds)
                 told = seconds
@@ -290,12 +319,12 @@ def _told_standstill(send: Any) -> Iterator[Any]:
         watching.join()
 
 
-def _ray_cell(job: Job, cell: Cell, events: Any) -> Outcome | Exception:
+def _ray_cell(job: Job, cell: Cell, events: Any, attempt: int) -> Outcome | Exception:
     """A task: the outcome, or what ends the program."""
     import ray
 
     def send(*event: Any) -> Any:
-        return events.put.remote((cell.id, *event))
+        return events.put.remote((cell.id, attempt, *event))
 
     def tell(kind: str, *values: Any) -> None:
         send(kind, *values, quiet.paused_seconds())
@@ -305,7 +334,7 @@ def _ray_cell(job: Job, cell: Cell, events: Any) -> Outcome | Exception:
         with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):  # a cell is worth more than what it tells
             send(*event).future().result(ACTOR_SECONDS)
 
-    tell_now("started", worker_name())
+    tell_now("started", worker_name(), 0.0)
     try:
         with _told_standstill(send) as standstill, quiet.computing(standstill=standstill):
             return cell_work.compute_cell(cell, cell_work.prepared(job), job, tell)

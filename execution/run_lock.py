@@ -41,7 +41,7 @@ def only_run(store: Store) -> Iterator[None]:
     root = store.root
     with write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-    lock, has_locks = FileLock(root / ".lock"), True
+    lock, has_locks = FileLock(root / ".lock", fallback_to_soft=False), True
     try:
         lock.acquire(timeout=PATIENCE)
     except Timeout:
@@ -52,24 +52,27 @@ def only_run(store: Store) -> Iterator[None]:
                 raise
         has_locks = False
         if (owner := owner_of(root)) is not None and owner.is_alive():
-            raise StoreError(_refusal(root)) from None
+            raise StoreError(_refusal(root, has_locks)) from None
     try:
         owner = owner_of(root)
         is_mine = owner is not None and owner.is_here and owner.pid == os.getpid()
         if owner is not None and not is_mine and owner.is_alive() is not False:  # None: on another machine
             is_silent = not owner.is_here and seconds_silent(root, _clock_of(root)) > SILENCE
             if not (has_locks and is_silent):
-                raise StoreError(_refusal(root))
+                raise StoreError(_refusal(root, has_locks))
         _wait_for_orphans(store)
+        store.remove_leftovers()  # on a full disk they are the room for the record
         write_json(record_of(root), dataclasses.asdict(Owner.this_process()))
-        ended = threading.Event()
-        threading.Thread(target=_beat, args=(record_of(root), ended), name="beat", daemon=True).start()
+        with write_errors(record_of(root)):
+            mine, ended = record_of(root).read_bytes(), threading.Event()
+        threading.Thread(target=_beat, args=(record_of(root), mine, ended), name="beat", daemon=True).start()
         try:
             yield
         finally:
             ended.set()
             with contextlib.suppress(OSError):  # a folder that is gone or read-only by now: the next run sees who died
-                record_of(root).unlink(missing_ok=True)
+                if record_of(root).read_bytes() == mine:
+                    record_of(root).unlink(missing_ok=True)
     finally:
         with contextlib.suppress(OSError):
             lock.release()
@@ -91,10 +94,12 @@ def seconds_silent(root: Path, now: float) -> float:
         return 0.0
 
 
-def _beat(record: Path, ended: threading.Event) -> None:
+def _beat(record: Path, mine: bytes, ended: threading.Event) -> None:
+    """Not that of another run, which took over while this machine was silent."""
     while not ended.wait(BEAT):
         with contextlib.suppress(OSError):
-            os.utime(record)
+            if record.read_bytes() == mine:
+                os.utime(record)
 
 
 def _clock_of(root: Path) -> float:
@@ -126,7 +131,7 @@ def record_of(root: Path) -> Path:
     return root / ".lock.json"
 
 
-def _refusal(root: Path) -> str:
+def _refusal(root: Path, has_locks: bool = True) -> str:
     owner = owner_of(root)
     if owner is None:
         return f"{root}: another run is using this folder; wait until it has ended, or use another results_dir"
@@ -134,5 +139,5 @@ def _refusal(root: Path) -> str:
     told = f"{root}: another run is using this folder: {who}; wait until it has ended, or use another results_dir"
     if owner.is_here:
         return told
-    minutes = f"{SILENCE / 60:.0f} minutes"
-    return f"{told}; if it is no longer running, run again in {minutes}, or delete {record_of(root)} now"
+    wait = f"run again in {SILENCE / 60:.0f} minutes, or " if has_locks else ""
+    return f"{told}; if it is no longer running, {wait}delete {record_of(root)} now"

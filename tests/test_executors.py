@@ -5,6 +5,8 @@ The computations that fail on purpose are functions of this module, which the wo
 
 import contextlib
 import dataclasses
+import errno
+import gc
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +32,7 @@ except ImportError:
 import image_cache
 import main
 from config import ConfigError, load_config
-from execution import cells
+from execution import cells, executors, ray_executor
 from execution.cells import (
     CellResult,
     Job,
@@ -39,7 +42,7 @@ from execution.cells import (
     peak_memory_mb,
     reset_peak_memory,
 )
-from execution.executors import Processes, Serial, chosen, gpus_of_jobs, open_executor
+from execution.executors import Clock, Processes, Serial, chosen, gpus_of_jobs, open_executor
 from execution.run_lock import only_run, owner_of, record_of
 from phases.baseline import DatasetCache
 from plan import Cell
@@ -103,6 +106,8 @@ def contents(results: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(results.rglob("*")):
         name = str(path.relative_to(results))
+        if path.parent.name == "shared":  # has the seconds that it took
+            continue
         if path.suffix == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
             timed = [column for column in (*TIMING_COLUMNS, "seconds") if column in table]
@@ -139,7 +144,9 @@ def local_ray():
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find this module
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        quietly = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        ray.init(address="local", num_cpus=2, num_gpus=1, **quietly)  # a GPU on paper
         yield
         ray.shutdown()
 
@@ -147,6 +154,32 @@ def local_ray():
 def test_ray_writes_the_files_of_one_process(tiny, serial, local_ray):
     study(tiny, tiny.parent / "ray", "run.executor=ray", "run.jobs=2")
     ours, theirs = contents(tiny.parent / "ray"), contents(serial)
+    assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] != theirs[name]] == []
+
+
+TWO_THREADS = (
+    "run.threads_per_cell=2", "run.seeds=[0]", "quantization.methods=[ptq_static]", "deployment.latency=false",
+    "deployment.cells=['*:ptq_static:W8A8']", "deployment.export=['*:ptq_static:W8A8']",
+    "deployment.engines=[onnxruntime, openvino]",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_threads(tiny) -> Path:
+    study(tiny, tiny.parent / "two-threads", *TWO_THREADS)
+    return tiny.parent / "two-threads"
+
+
+@pytest.mark.parametrize(("executor", "jobs"), [("processes", 2), ("ray", 1)])
+def test_engines_predict_the_same_with_two_threads_everywhere(tiny, two_threads, request, executor, jobs):
+    """In this process OMP_NUM_THREADS is whatever it is; a worker's is its own."""
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    results = tiny.parent / f"two-threads-{executor}"
+    study(tiny, results, *TWO_THREADS, f"run.executor={executor}", f"run.jobs={jobs}")
+    ours, theirs = contents(results), contents(two_threads)
+    engines = [name for name in theirs if "@" in name]
+    assert len(engines) == 2 and sum(name.endswith(".onnx") for name in theirs) == 1
     assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] != theirs[name]] == []
 
 
@@ -209,6 +242,7 @@ def ask_for_a_petabyte(report):
 DEEDS = {
     "nothing": lambda report: report.line("the data are odd"),
     "die": lambda report: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda report: os.kill(os.getpid(), signal.SIGSTOP),
     "exit": lambda report: os._exit(3),
     "compute": compute_for_a_second,
     "sleep": lambda report: time.sleep(600),
@@ -464,6 +498,76 @@ def test_ray_survives_the_process_through_which_cells_tell(tmp_path, local_ray, 
     assert run_waiting(tmp_path / "away", take_the_actor_away) == undisturbed
 
 
+def on_ray(folder: Path, cells: list[Cell], *settings: str, device: str = "cpu") -> tuple[Store, Log]:
+    config = load_config(None, ["run.executor=ray", "run.threads_per_cell=1", *settings])
+    store, report = Store(folder), Report(quiet=True)
+    store.prepare("")
+    report.executor, report.log = open_executor(config, device), Log()
+    try:
+        run_cells("quantization", cells, faulty, config, store, report, device=device)
+    finally:
+        report.close()
+    return store, report.log
+
+
+def test_on_a_gpu_of_ray_each_cell_has_a_process_of_its_own(tmp_path, local_ray):
+    """One that has computed keeps the GPU that it was given first, and memory on it."""
+    cells = [made_up(name, do="nothing", times=1) for name in ("a", "b", "c")]
+    for device, least in (("cpu", 1), ("cuda", 3)):
+        store, log = on_ray(tmp_path / device, cells, device=device)
+        workers = {log.entries[cell.id]["worker"] for cell in cells}
+        assert least <= len(workers) <= 3 and (device == "cpu" or len(workers) == 3)
+        assert all(store.record(cell.id)["row"]["status"] == "done" for cell in cells)
+    assert len(workers) == 3
+
+
+def test_ray_gives_up_a_worker_that_cannot_be_killed(tmp_path, local_ray, monkeypatch):
+    """A stopped one does not hear that it is to end; the run goes on without it."""
+    import ray
+
+    asked = []
+    monkeypatch.setattr(ray, "cancel", lambda ref, force: asked.append(ref))
+    monkeypatch.setattr(ray_executor, "CANCEL_SECONDS", 2.0)
+    monkeypatch.setattr(ray_executor, "HEARD_SECONDS", 1.0)
+    cells = [made_up("stopped", do="stop"), made_up("fine", do="nothing", times=1)]
+    try:
+        store, _ = on_ray(tmp_path, cells, "run.cell_timeout=2")
+    finally:
+        for pid in (tmp_path / "stopped.attempts").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    assert len(asked) == 1
+    assert store.record("stopped")["row"]["error"] == "CellTimeout: timed out after 2 s (run.cell_timeout)"
+    assert store.record("fine")["row"]["status"] == "done"
+
+
+def test_a_ray_whose_workers_were_given_up_does_not_keep_the_run_waiting(tmp_path, local_ray, monkeypatch):
+    """Their places are taken as long as they live."""
+    import ray
+
+    monkeypatch.setattr(ray, "cancel", lambda ref, force: None)
+    monkeypatch.setattr(ray_executor, "CANCEL_SECONDS", 1.0)
+    monkeypatch.setattr(ray_executor, "HEARD_SECONDS", 0.0)
+    monkeypatch.setattr(ray_executor, "NO_ROOM_SECONDS", 5.0)
+    cells = [made_up("stopped", do="stop"), made_up("too", do="stop"), made_up("fine", do="nothing", times=1)]
+    try:
+        with pytest.raises(ConfigError, match="2 workers that cannot be ended hold places of Ray"):
+            on_ray(tmp_path, cells, "run.cell_timeout=2")
+    finally:
+        for name in ("stopped", "too"):
+            for pid in (tmp_path / f"{name}.attempts").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_cell_on_ray_whose_beginning_was_not_heard_is_late_all_the_same(tmp_path, local_ray, monkeypatch):
+    """The actor died with what the cell had told it."""
+    told = ray_executor.Ray._told
+    deaf = lambda self: [event for event in told(self) if event[2] != "started" or event[4] > 0]  # noqa: E731
+    monkeypatch.setattr(ray_executor.Ray, "_told", deaf)
+    store, log = on_ray(tmp_path, [made_up("late", do="sleep")], "run.cell_timeout=2")
+    assert store.record("late")["row"]["error"] == "CellTimeout: timed out after 2 s (run.cell_timeout)"
+    assert log.entries["late"]["seconds"] > ray_executor.STARTED_SECONDS  # all of them
+
+
 def test_what_else_ray_may_raise_is_one_line(tmp_path, local_ray, monkeypatch):
     import ray
 
@@ -475,6 +579,59 @@ def test_what_else_ray_may_raise_is_one_line(tmp_path, local_ray, monkeypatch):
     monkeypatch.setattr(ray, "wait", fails)
     with pytest.raises(ConfigError, match=r"Ray failed: RaySystemError: .*the cluster is gone; .* again to go on"):
         run_cells("quantization", [made_up("a")], waiting, load_config(None, ["run.executor=ray"]), store, Report(True))
+
+
+@pytest.mark.parametrize("why", ["it raises", "it ends"])
+def test_a_worker_that_cannot_be_started_for_a_moment_is_tried_again(tmp_path, monkeypatch, why):
+    """There is no memory, say, to import torch, or no room for temporary files."""
+    monkeypatch.setattr(executors, "START_PAUSE", 0.01)
+    started, real = [], executors._Worker
+
+    def start(threads, visible):
+        started.append(visible)
+        if len(started) in (2, 3):
+            if why == "it raises":
+                raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+            monkeypatch.setenv("BNQ_TEST_WORKER", "ends")
+        worker = real(threads, visible)
+        monkeypatch.delenv("BNQ_TEST_WORKER", raising=False)
+        return worker
+
+    monkeypatch.setattr(executors, "_Worker", start)
+    config = load_config(None, ["run.executor=processes", "run.jobs=1"])
+    store = Store(tmp_path)
+    store.prepare("")
+    cells = [made_up("dies-once", do="die", times=1), made_up("fine", do="nothing", times=1)]
+    run_cells("quantization", cells, faulty, config, store, Report(quiet=True))
+    assert [store.record(cell.id)["row"]["status"] for cell in cells] == ["done", "done"]
+    assert len(started) == 4
+
+
+if os.environ.get("BNQ_TEST_WORKER") == "ends":  # this module is imported by a worker that is given a cell of it
+    os._exit(1)
+
+
+def test_the_first_worker_that_cannot_be_started_ends_the_run(tmp_path, monkeypatch):
+    def start(threads, visible):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(executors, "_Worker", start)
+    store = Store(tmp_path)
+    store.prepare("")
+    with pytest.raises(ConfigError, match=r"cannot be started: BlockingIOError: .*unavailable"):
+        run_cells("quantization", [made_up("a", do="nothing")], faulty, load_config(None, ["run.executor=processes"]),
+                  store, Report(quiet=True))  # fmt: skip
+
+
+def test_a_pause_that_was_read_while_it_was_written_makes_no_cell_late():
+    clock = Clock()
+    clock.begin(100.0)
+    clock.add_pause(50.0)
+    deadline = clock.deadline
+    clock.add_pause(0.0)
+    assert clock.deadline == deadline
+    clock.add_pause(60.0)
+    assert clock.deadline == pytest.approx(deadline + 10)
 
 
 def test_a_cell_that_has_ended_is_not_late_though_it_was_not_heard(tmp_path):
@@ -810,7 +967,7 @@ def test_serial_is_a_worker_where_something_may_have_to_be_killed():
 
 def test_ray_refuses_cells_that_no_node_could_hold(local_ray):
     """They would wait for ever."""
-    for setting in ("run.threads_per_cell=3", "run.gpus_per_cell=1"):
+    for setting in ("run.threads_per_cell=3", "run.gpus_per_cell=2"):
         executor = open_executor(load_config(None, ["run.executor=ray", setting]), "cuda")
         with pytest.raises(ConfigError, match="no node of Ray has them"):
             list(executor.run(None, None, [made_up("large")], Report(quiet=True)))
@@ -859,6 +1016,60 @@ def test_the_peak_is_that_of_the_cell():
     assert abs(peak_memory_mb() - before) < 10
 
 
+def test_an_error_of_the_gpu_that_shows_at_a_cells_end_throws_its_worker_away(tmp_path, monkeypatch):
+    cell = Cell("c", "baseline", "synthetic", "squeezenet1_1", 0, "fp32")
+    store = Store(tmp_path)
+    store.prepare("")
+
+    def ends(compute, error):
+        def empty_cache():
+            raise RuntimeError(error)
+
+        monkeypatch.setattr(cells, "_has_gpu", lambda: True)
+        monkeypatch.setattr(cells, "_look_again", 0.0)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+        compute_cell(cell, compute, Job(compute, load_config(None, []), str(tmp_path), "cpu", "t"), lambda *_: None)
+
+    def fine(cell, report):
+        return CellResult({}, [])
+
+    def asserts(cell, report):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(cells.PoisonedError, match="an illegal memory access"):
+        ends(fine, "CUDA error: an illegal memory access was encountered")
+    with pytest.raises(cells.PoisonedError, match="device-side assert"):  # and not what freeing says of it
+        ends(asserts, "CUDA error: something else")
+    with pytest.raises(RuntimeError, match="no memory"):
+        ends(fine, "no memory of the GPU")
+
+
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+def test_on_a_gpu_the_log_has_its_memory_too(tmp_path, monkeypatch, is_on_gpu):
+    cell, asked = Cell("c", "baseline", "synthetic", "squeezenet1_1", 0, "fp32"), []
+    monkeypatch.setattr(cells, "GARBAGE_SHARE", 1e9)
+    monkeypatch.setattr(cells, "_look_again", 0.0)
+    monkeypatch.setattr(cells, "_has_gpu", lambda: is_on_gpu and bool(asked))
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: asked.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123_456_789)
+
+    def compute(cell, report):
+        asked.append("computed")
+        return CellResult({}, [])
+
+    store = Store(tmp_path)
+    store.prepare("")
+    job = Job(compute, load_config(None, []), str(tmp_path), "cpu", "token")
+    for _ in range(2):
+        log = compute_cell(cell, compute, job, lambda *_: None).log
+        assert log.get("peak_gpu_memory_mb") == (123.5 if is_on_gpu else None)
+    once = ["computed", "empty_cache", "reset_peak_memory_stats", "computed", "empty_cache"]
+    assert asked == (once if is_on_gpu else ["computed"] * 2)
+
+
 @pytest.mark.parametrize("there", ["another run", "a clone", "nothing"])
 def test_a_worker_takes_no_other_folder_for_the_results_folder(there, tmp_path, monkeypatch):
     """Such as the one below a disk that is not mounted on its machine: what it trained would be lost."""
@@ -893,6 +1104,36 @@ def test_a_worker_takes_no_other_folder_for_the_results_folder(there, tmp_path, 
             compute_cell(cell, compute, job, lambda *_: None)
         assert sorted(below.rglob("*")) == before
         assert compute_cell(cell, compute, dataclasses.replace(job, results_dir=str(mounted)), lambda *_: None).row
+
+
+@pytest.mark.parametrize("error", [None, ValueError("bad luck")])
+def test_a_cell_leaves_no_model_behind(tmp_path, monkeypatch, error):
+    """A traced one is a cycle, which goes only when Python looks for cycles."""
+    cell = Cell("c", "baseline", "synthetic", "squeezenet1_1", 0, "fp32")
+    traced = []
+
+    def compute(cell, report):
+        traced.append(weakref.ref(torch.fx.symbolic_trace(torch.nn.Linear(2, 2)).weight))
+        if error is not None:
+            raise error
+        return CellResult({}, [])
+
+    store = Store(tmp_path)
+    store.prepare("")
+    job = Job(compute, load_config(None, []), str(tmp_path), "cpu", "token")
+    monkeypatch.setattr(cells, "_look_again", 0.0)
+    gc.disable()
+    try:
+        outcome = compute_cell(cell, compute, job, lambda *_: None)
+        assert outcome.row["status"] == ("done" if error is None else "failed")
+        assert traced[0]() is None
+        compute_cell(cell, compute, job, lambda *_: None)  # at once: it would take too large a share of the time
+        assert traced[1]() is not None
+        monkeypatch.setattr(cells, "_look_again", time.monotonic())
+        compute_cell(cell, compute, job, lambda *_: None)
+        assert traced[1]() is traced[2]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_cell_leaves_no_source_code_behind(tmp_path):

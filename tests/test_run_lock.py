@@ -1,6 +1,7 @@
 """One run at a time: two runs on one folder, leftovers of dead ones, other machines, workers that outlive their run."""
 
 import dataclasses
+import errno
 import gc
 import json
 import multiprocessing
@@ -234,6 +235,60 @@ def test_a_run_that_is_alive_counts_though_its_lock_was_deleted(tmp_path):
         child.kill()
     with only_run(Store(tmp_path)):
         assert owner_of(tmp_path).pid == os.getpid()
+
+
+def test_a_run_leaves_the_record_of_another_one_alone(tmp_path, monkeypatch):
+    """Which took over while this machine stood still."""
+    monkeypatch.setattr(run_lock, "BEAT", 0.02)
+    theirs = json.dumps(dataclasses.asdict(dataclasses.replace(Owner.this_process(), host="node17")))
+    with only_run(Store(tmp_path)):
+        (tmp_path / ".lock.json").write_text(theirs)
+        os.utime(tmp_path / ".lock.json", (0, 0))
+        time.sleep(0.2)
+    assert (tmp_path / ".lock.json").read_text() == theirs and (tmp_path / ".lock.json").stat().st_mtime == 0
+
+
+def test_what_a_dead_run_left_makes_room_for_the_next_ones_record(tmp_path, monkeypatch):
+    """On a full disk there is none before."""
+    Store(tmp_path).prepare("")
+    dead = fork(tmp_path / "o", lambda: 0)
+    dead.wait()
+    torn = tmp_path / "checkpoints" / f".m.safetensors.{dead.pid}.tmp"
+    torn.write_bytes(bytes(100))
+    write, seen = run_lock.write_json, []
+
+    def look(path, content):
+        seen.append(torn.exists())
+        write(path, content)
+
+    monkeypatch.setattr(run_lock, "write_json", look)
+    with only_run(Store(tmp_path)):
+        assert seen == [False]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_flock(error, tmp_path, monkeypatch):
+    """No file stands for the lock, which a machine that died would leave for ever: the record alone decides."""
+    import fcntl
+
+    def no_flock(*arguments):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    store = Store(tmp_path)
+    with only_run(store):
+        assert not [path for path in tmp_path.iterdir() if "lock" in path.name and path.name not in LOCK_FILES]
+    theirs = dataclasses.replace(Owner.this_process(), host="node17", pid=1)
+    (tmp_path / ".lock.json").write_text(json.dumps(dataclasses.asdict(theirs)))
+    os.utime(tmp_path / ".lock.json", (0, 0))
+    with pytest.raises(StoreError, match=r"no longer running, delete \S+\.lock\.json now"), only_run(store):
+        pytest.fail("both would run")
+    (tmp_path / ".lock.json").unlink()
+    with only_run(store):
+        assert owner_of(tmp_path).pid == os.getpid()
+
+
+LOCK_FILES = (".lock", ".lock.json")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1}'])
