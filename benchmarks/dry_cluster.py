@@ -35,7 +35,10 @@ DURATIONS = "durations.json"  # in the results folder: seconds of each cell
 WARM_UP = 3.0  # seconds
 
 
-def main() -> None:
+LARGEST_DEVIATION = 0.2  # of the measured from the predicted time; beyond it the exit status is 1
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=1.5, help="what the predicted time is scaled to")
@@ -63,6 +66,7 @@ def main() -> None:
         f"predicted {predicted * scale:.1f} s ({predicted / 3600:.2f} hours; critical path {path / 3600:.2f} hours), "
         f"measured {measured:.1f} s: {measured / predicted / scale - 1:+.1%}"
     )
+    return int(abs(measured / predicted / scale - 1) > LARGEST_DEVIATION)
 
 
 def dry_run(cells: Sequence[Cell], tasks: Sequence[Task], scale: float, cluster: DryCluster) -> float:
@@ -147,4 +151,4 @@ def dry_cluster(config: Config, workers: int) -> Iterator[DryCluster]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
