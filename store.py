@@ -412,6 +412,7 @@ class _TableWriter:
             files.enter_context(atomic_path(table.path)).open("w", encoding="utf-8", newline="")
         )
         self.csv = csv.writer(self.file, lineterminator="\n")
+        self.json = files.enter_context(atomic_path(table.json_path)) if table.json_path is not None else None
         self.held: list[Mapping[str, Any]] = []
         if table.prefix is None:
             self.write(table.columns)
@@ -429,8 +430,9 @@ class _TableWriter:
             self.write([*self.table.columns, *more])
             for row in self.held:
                 self.write([row.get(column) for column in (*self.table.columns, *more)])
-        if self.table.json_path is not None:
-            write_json(self.table.json_path, [_without_missing(row) for row in self.held])
+        if self.json is not None:
+            with write_errors(self.table.json_path):
+                self.json.write_text(_json([_without_missing(row) for row in self.held]), encoding="utf-8")
 
     def write(self, values: Sequence[Any]) -> None:
         """None, and NaN, are empty; numbers have every digit."""
@@ -526,7 +528,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON without NaN: a number that is not finite is null."""
-    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _json(value))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

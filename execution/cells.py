@@ -122,7 +122,8 @@ def compute_cell(cell: Cell, compute: Compute, job: Job, tell: Tell) -> Outcome:
     with Store(job.results_dir).mark_running(cell.id), _forgetting_sources():
         outcome = _compute(cell, compute, job.config, tell)
         try:
-            _free_memory()  # a traced model is a cycle: it would stay until Python looks for these, on a GPU too
+            # a traced model is a cycle: it would stay until Python looks for these, on a GPU too
+            _free_memory(at_once=outcome.row["status"] != "done")
         except RuntimeError as error:  # an error of a GPU may show only now
             if not is_poisoned(error):
                 raise
@@ -273,11 +274,12 @@ def _forgetting_sources() -> Iterator[None]:
             linecache.cache.pop(name, None)
 
 
-def _free_memory() -> None:
-    """Not more often than takes a twentieth of the time: cells may be tiny, and Python's own look comes in the end."""
+def _free_memory(at_once: bool) -> None:
+    """Else not more often than takes a twentieth of the time: cells may be tiny, and Python's own look comes in the
+    end."""
     global _look_again
     start = time.monotonic()
-    if start < _look_again:
+    if start < _look_again and not at_once:
         return
     gc.collect()
     now = time.monotonic()

@@ -42,7 +42,8 @@ THREAD_VARIABLES = (
 )  # fmt: skip
 END_SECONDS = 5.0  # that a worker which is free has for ending
 FAILED_STARTS = 20  # workers in a row that ended before they were there
-START_PAUSE = 1.0  # seconds until another one is started then
+START_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until another one is started then; twice as many each time
+START_SECONDS = 600.0  # that a worker has for importing torch
 
 
 class CellTimeout(RuntimeError):
@@ -146,6 +147,11 @@ class Processes:
                 for worker in self._busy():
                     worker.clock.add_pause(worker.paused_seconds())
                     if worker.clock.is_late() and not worker.connection.poll():  # or it has ended, and not been heard
+                        if not worker.has_started:
+                            todo.insert(0, worker.cell)
+                            self._discard(worker)
+                            self._not_started(f"it has said nothing for {START_SECONDS:.0f} s")
+                            continue
                         cell, outcome = worker.cell, self._timed_out(worker)
                         self._discard(worker)
                         yield cell, outcome
@@ -214,7 +220,7 @@ class Processes:
         cell = worker.cell
         if kind == "started":
             self.failed_starts, self.has_worked = 0, True
-            worker.has_started = True
+            worker.is_there = worker.has_started = True
             worker.clock.begin(self.settings.cell_timeout)
             report.begin(cell.id)
         elif kind == "ended":
@@ -252,9 +258,10 @@ class Processes:
         themselves, or too many do."""
         self.failed_starts += 1
         is_useless = self.failed_starts >= FAILED_STARTS or not (is_killed or self.has_worked)
-        if is_useless and not self._busy():
+        if is_useless and not any(worker.is_there for worker in self._busy()):
             raise ConfigError(f"run.executor: a worker process cannot be started: {why}")
-        self.start_again = time.monotonic() + START_PAUSE
+        pause = min(START_PAUSE * 2.0 ** min(self.failed_starts - 1, 10), LONGEST_PAUSE)
+        self.start_again = time.monotonic() + pause
 
     def _timed_out(self, worker: _Worker) -> Outcome:
         name = worker_name(worker.process.pid)
@@ -354,6 +361,7 @@ class _Worker:
     job: Job | None = None
     cell: Cell | None = None
     model: str | None = None  # which it has loaded
+    is_there: bool = False  # it has started a cell, this one or another
     has_started: bool = False  # the cell
     reason: str | None = None  # why it ends itself
     trace: str | None = None
@@ -370,7 +378,8 @@ class _Worker:
         theirs.close()  # so that its death is the end of the pipe
 
     def give(self, job: Job, cell: Cell) -> None:
-        self.cell, self.model, self.has_started, self.clock = cell, _model(cell), False, Clock()
+        self.cell, self.model, self.has_started = cell, _model(cell), False
+        self.clock = Clock(deadline=time.monotonic() + START_SECONDS)
         with contextlib.suppress(OSError):  # it died just now: its sentinel says so
             if job is not self.job:
                 self.connection.send(job)

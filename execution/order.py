@@ -22,6 +22,7 @@ OPERATIONS = {
 }
 UNKNOWN_OPERATIONS = 4.0  # of another model: rather too early than too late
 TRAINING = 3.0  # a training step, in forward passes
+LAYERS = 50  # of a network, which are measured one by one, in half a pass each
 SIMULATION = 2.0  # a pass with rounded weights and activations, in float passes; so is a training step with them
 # training, validation and test images, official splits (UTKFace has none: the config's shares), of all images
 PUBLISHED = {"celeba": (162_770, 19_867, 19_962), "fairface": (86_744, 0, 10_954), "utkface": (23_705, 0, 0)}
@@ -43,6 +44,9 @@ def expected_operations(cell: Cell, config: Config) -> float:
         images = SIMULATION * test + options.get("calibration_samples", 0)
         if options.get("rounding") == "adaround" or cell.strategy == "fair_reconstruction":  # 32 a step, block by block
             images += 32 * TRAINING * options.get("reconstruction_iterations", 300)
+        if "sensitivity_samples" in options:
+            widths = len(options.get("widths") or ()) or 2
+            images += SIMULATION * options["sensitivity_samples"] * widths * LAYERS / 2
         if cell.method == "qat":
             seen = min(train, options.get("max_train") or train)
             images += SIMULATION * options["epochs"] * (TRAINING * seen + validation)

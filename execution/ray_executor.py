@@ -64,6 +64,7 @@ class Ray:
         self.events: Any = None  # the actor; None: not connected yet
         self.asked: Any = None  # the answer of it that is waited for
         self.is_mine = False  # the connection
+        self.given_up = 0  # workers that did not end, and hold their places
 
     def run(self, job: Job, compute: Compute | None, cells: Sequence[Cell], report: Any) -> Iterator[Ended]:
         if not cells:
@@ -91,10 +92,11 @@ class Ray:
         shared = ray.put(job)
         running = {task.remote(shared, cell, self.events, 0): _RayCell(cell) for cell in cells}
         by_id = {of.cell.id: of for of in running.values()}
-        given_up, last = 0, time.monotonic()
+        last = time.monotonic()
         try:
             while running:
-                ended, _ = ray.wait(list(running), timeout=RAY_SECONDS)
+                # all that have ended: what is left below has not
+                ended, _ = ray.wait(list(running), num_returns=len(running), timeout=RAY_SECONDS)
                 self._drain(by_id, report)
                 for ref in ended:
                     of = running.pop(ref)
@@ -108,18 +110,19 @@ class Ray:
                         yield of.cell, outcome
                 for ref, of in list(running.items()):
                     if of.clock.is_late(HEARD_SECONDS) and not of.is_late:
-                        of.is_late = True
+                        of.is_late, of.cancelled = True, time.monotonic()
                         ray.cancel(ref, force=True)
-                    if of.clock.is_late(HEARD_SECONDS + CANCEL_SECONDS):  # its worker cannot even be killed
+                    if of.is_late and time.monotonic() > of.cancelled + CANCEL_SECONDS:  # it cannot even be killed
                         del running[ref], by_id[of.cell.id]
-                        given_up, last = given_up + 1, time.monotonic()
+                        self.given_up, last = self.given_up + 1, time.monotonic()
                         yield of.cell, self._timed_out(of)
-                if not given_up or any(of.has_started for of in running.values()):
+                if not self.given_up or any(of.has_started for of in running.values()):
                     last = time.monotonic()
                 elif running and time.monotonic() > last + NO_ROOM_SECONDS:
                     raise ConfigError(
-                        f"run.executor: {given_up} workers that cannot be ended hold places of Ray, and nothing has "
-                        "started for a while; finished cells are kept: start Ray anew and run the same command again"
+                        f"run.executor: {self.given_up} workers that cannot be ended hold places of Ray, and nothing "
+                        "has started for a while; finished cells are kept: start Ray anew and run the same command "
+                        "again"
                     )
         finally:
             for ref in running:
@@ -258,6 +261,7 @@ class _RayCell:
     attempts: int = 0  # that were lost
     how: str = ""  # what Ray calls it
     is_late: bool = False
+    cancelled: float = 0.0  # when (monotonic), where it is late
     reason: str | None = None  # why its worker ended itself
     trace: str | None = None
 

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import io
 import time
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from quantizers.calibration import Source, Statistics
 from quantizers.modules import QuantizedModel
 from quantizers.observers import ActivationStatistics
 from quantizers.sensitivity import Sensitivity
-from store import Store, StoreError, short_hash, write_bytes
+from store import UNREADABLE_NPZ, Store, StoreError, short_hash, write_bytes
 
 T = TypeVar("T")
 FORMAT = 2
@@ -69,7 +68,7 @@ class _Shared(Generic[T]):
             try:
                 with np.load(path, allow_pickle=False) as arrays:
                     self.latest = (path, self.decoded(arrays))
-            except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
+            except (*UNREADABLE_NPZ, IndexError):
                 self.latest = None
         return None if self.latest is None else self.latest[1]
 
@@ -185,8 +184,9 @@ class SharedStatistics(_Shared[Observed]):
                 statistics = look()
                 return Observed(statistics, time.perf_counter() - start)
 
+            start = time.perf_counter()
             found = self.once_at(self.path(cell, model, images), make)
-            self.correction += found.seconds - self.spent
+            self.correction += found.seconds - (time.perf_counter() - start)
             return found.statistics
 
         return observed
@@ -224,7 +224,10 @@ class SharedStatistics(_Shared[Observed]):
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
-        values = tensor.detach().cpu().contiguous()
+        values = tensor.detach().cpu()
+        if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
+            values = values.permute(0, 2, 3, 1)  # as it lies in memory
+        values = values.contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -41,6 +41,17 @@ def test_training_is_longer_than_calibration():
     assert of_one_model[0] == "qat" and "qat" not in of_one_model[1:]
 
 
+def test_measuring_sensitivities_is_longer_than_calibration():
+    config = load_config("configs/study.yaml", ["data.dataset=[fairface]"])
+    cells = plan(config)
+    for phase, name in (("quantization", "mixed_precision"), ("mitigation", "sensitive_layers")):
+        kin = [cell for cell in cells[phase] if cell.model == "resnet50" and cell.options.get("rounding") != "adaround"]
+        longer = [expected_operations(cell, config) for cell in kin if name in (cell.method, cell.strategy)]
+        plain = [expected_operations(cell, config) for cell in kin if cell.method == "ptq_static" and not cell.strategy]
+        plain = plain or [expected_operations(cell, config) for cell in kin if cell.strategy == "minimax_ranges"]
+        assert longer and plain and min(longer) > max(plain)
+
+
 def test_a_model_that_nobody_knows_is_not_left_for_the_end():
     config = load_config(None, [])
     known = plan(config)["baseline"]

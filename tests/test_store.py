@@ -343,9 +343,22 @@ def test_all_tables_are_written_in_one_pass_over_the_records(store, monkeypatch)
     assert store.read_group_table()["cell"].tolist() == store.read_table("quantization")["cell"].tolist() == list("cba")
 
 
-def test_a_table_that_cannot_be_written_leaves_all_as_they_were(store):
+def ends_well_but_for(path: Path):
+    end = store_module._TableWriter.end
+
+    def ends(writer):
+        end(writer)
+        if writer.table.path == path:
+            with write_errors(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return ends
+
+
+def test_a_table_that_cannot_be_written_leaves_all_as_they_were(store, monkeypatch):
     store.write_cell(row("a"), [{"cell": "a", "n": 3}])
     store.write_group_table([])
+    store.write_tables("quantization", [])
     before = {path: path.read_bytes() for path in store.root.iterdir() if path.is_file()}
     store.write_cell(row("b"), [{"cell": "b", "n": 3}])
 
@@ -354,7 +367,10 @@ def test_a_table_that_cannot_be_written_leaves_all_as_they_were(store):
 
     broken = Table(store.root / "broken.csv", ["x"], fails)
     with pytest.raises(StoreError, match=r"broken\.csv: cannot be written"):
-        store.write([store.group_table(), broken], [])
+        store.write([store.phase_table("quantization"), store.group_table(), broken], [])
+    monkeypatch.setattr(store_module._TableWriter, "end", ends_well_but_for(store.root / "group_results.csv"))
+    with pytest.raises(StoreError, match=r"group_results\.csv: cannot be written"):
+        store.write([store.phase_table("quantization"), store.group_table()], [])
     assert {path: path.read_bytes() for path in store.root.iterdir() if path.is_file()} == before
 
 
