@@ -13,8 +13,9 @@ matter little; a machine of another kind needs measurements of its own.
 limit them, says what each costs, and schedules them as the runner does (benchmarks/schedule.py). **There is no GPU in
 it**: what a GPU does in less time is an assumption (`--gpu-speedup`, over one CPU core; one number, or MODEL=NUMBER),
 and applies to what passes images through a network. The rest (tracing, folding, scales of weights, statistics) stays on
-a CPU core. Prices are assumptions too. Left out: fetching and decoding the data (benchmarks/data_pipeline.py),
-deployment, diagnostics, other data sets, and starting processes.
+a CPU core. Prices are assumptions too. While a latency is measured the other cells of its machine stand still
+(`--per-machine`): that time is in it. Left out: fetching and decoding the data (benchmarks/data_pipeline.py), engines
+other than PyTorch, diagnostics, other data sets, and starting processes.
 
 Several machines may measure a model each (`--output`); `merge` makes one file of theirs.
 """
@@ -30,7 +31,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +41,9 @@ import numpy as np
 
 from benchmarks.schedule import Task, critical_path, schedule
 from config import Config, load_config
+from evaluation import WARMUP
 from execution.order import longest_first, split_sizes
+from phases.deploy import BATCHES, SINGLES
 from plan import Cell, plan
 from sections.base import MODELS
 
@@ -376,7 +379,20 @@ class CostModel:
         ordered = [cell for cells in plan(config).values() for cell in longest_first(cells, config)]
         return [(cell, self.cell(cell, config, paid)) for cell in ordered]
 
+    def alone(self, cell: Cell, config: Config) -> Seconds:
+        """Of measuring its latency as PyTorch computes it, while the other cells of the machine stand still."""
+        if not config.deployment.latency:
+            return Seconds()
+        repeats = config.deployment.latency_repeats
+        images = sum(batch * (WARMUP + repeats * (SINGLES if batch == 1 else 1)) for batch in BATCHES)
+        way = {"none": "float", "ptq_dynamic": "dynamic"}.get(cell.method, "quantized")
+        return self.step(f"prediction, {way}", cell.model, config.dataset(cell.dataset).image_size, images)
+
     def cell(self, cell: Cell, config: Config, paid: set[tuple] | None = None) -> Seconds:
+        """What it costs, its latency included."""
+        return self._work(cell, config, paid) + self.alone(cell, config)
+
+    def _work(self, cell: Cell, config: Config, paid: set[tuple] | None) -> Seconds:
         size = config.dataset(cell.dataset).image_size
         train, validation, test = split_sizes(config, cell.dataset)
         o = cell.options
@@ -481,8 +497,11 @@ def predict(arguments: argparse.Namespace) -> None:
         + ", ".join(f"{name} {gpu(name):g}" for name in config.models.architectures)
         + f"; {arguments.cpu_price:g} a core-hour, {arguments.gpu_price:g} a GPU-hour, idle ones paid\n"
     )
-    print("| workers | hours | busy | bound: work / workers (h) | critical path (h) | without barriers (h) | price |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| workers | hours | of these standing still | busy | bound: work / workers (h) | critical path (h) | "
+        "without barriers (h) | price |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for label, workers, speedup, price in (
         ("1 CPU core", 1, lambda name: 1.0, arguments.cpu_price),
         *((f"{n} GPU{'s' if n > 1 else ''}", n, gpu, arguments.gpu_price) for n in (1, 8, 64)),
@@ -492,12 +511,23 @@ def predict(arguments: argparse.Namespace) -> None:
         work = sum(task.seconds for task in tasks)
         path, names = critical_path(tasks)
         free = schedule(tasks, workers, barriers=False).makespan
+        still = standing_still(
+            [model.alone(cell, config).on(speedup(cell.model)) for cell, _ in costs], workers, arguments.per_machine
+        )
+        hours = (found.makespan + still) / 3600
         print(
-            f"| {label} | {found.makespan / 3600:.1f} | {work / workers / found.makespan:.0%} | "
-            f"{work / workers / 3600:.1f} | {path / 3600:.1f} | {free / 3600:.1f} | "
-            f"{workers * found.makespan / 3600 * price:.0f} |"
+            f"| {label} | {hours:.1f} | {still / 3600:.1f} | {work / workers / 3600 / hours:.0%} | "
+            f"{work / workers / 3600:.1f} | {path / 3600:.1f} | {(free + still) / 3600:.1f} | "
+            f"{workers * hours * price:.0f} |"
         )
     print("\ncritical path with 64 GPUs: " + " -> ".join(names))
+
+
+def standing_still(alone: Sequence[float], workers: int, per_machine: int) -> float:
+    """Seconds for which the workers of a machine wait for one another's latencies, spread evenly over machines: those
+    of all, but for each worker's own, which are among its work."""
+    machines = -(-workers // per_machine)
+    return sum(alone) / machines * (1 - machines / workers)
 
 
 def table_of_kinds(costs: list[tuple[Cell, Seconds]]) -> None:
@@ -537,6 +567,7 @@ def main() -> None:
     predicting.add_argument("--gpu-speedup", nargs="+", default=[], metavar="[MODEL=]NUMBER")
     predicting.add_argument("--cpu-price", type=float, default=0.05)
     predicting.add_argument("--gpu-price", type=float, default=2.5)
+    predicting.add_argument("--per-machine", type=int, default=8, help="workers that wait for each other's latencies")
     merging = actions.add_parser("merge")
     merging.add_argument("files", type=Path, nargs="+")
     merging.add_argument("--output", type=Path, default=OUTPUT)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import cost_model
-from benchmarks.cost_model import FEATURES, CostModel, Measurement, fit, split_sizes, tasks_of
+from benchmarks.cost_model import FEATURES, CostModel, Measurement, fit, split_sizes, standing_still, tasks_of
 from benchmarks.schedule import Task, critical_path, schedule
 from config import load_config
 
@@ -157,7 +157,7 @@ def study(*overrides: str):
 
 def test_a_baseline_by_hand(model):
     """FairFace, 64 px: 86,744 images, of which 10 % are for validation; 2 epochs in batches of 32."""
-    config = study("training.epochs=2")
+    config = study("training.epochs=2", "deployment.latency=false")
     assert split_sizes(config, "fairface") == (78_070, 8_674, 10_954)
     (seconds,) = (
         seconds for cell, seconds in model.cells(config) if (cell.phase, cell.model) == ("baseline", "mobilenet_v2")
@@ -171,6 +171,20 @@ def test_a_baseline_by_hand(model):
     assert model.step("ptq_static", "mobilenet_v2", 64, 10).cpu == pytest.approx(
         1.0 * (list(FEATURES).index("ptq_static") + 1)
     )
+
+
+def test_latencies_are_measured_one_after_the_other_on_a_machine(model):
+    quietly, measuring = study("deployment.latency=false"), study("deployment.latency_repeats=5")
+    cells = dict(model.cells(measuring))
+    for cell, seconds in model.cells(quietly):
+        kind = {"none": "float", "ptq_dynamic": "dynamic"}.get(cell.method, "quantized")
+        passes = model.step(f"prediction, {kind}", cell.model, 64, 22 * 1 + 7 * 32)  # two of each are for warming up
+        assert cells[cell].on() == pytest.approx(seconds.on() + passes.on())
+        assert model.alone(cell, quietly).on() == 0
+    assert standing_still([1.0, 2.0, 3.0], 1, 8) == 0  # nobody else is there
+    assert standing_still([1.0, 2.0, 3.0], 3, 8) == pytest.approx(4)  # each waits for the others' two thirds
+    assert standing_still([1.0, 2.0, 3.0], 2, 1) == 0
+    assert standing_still([1.0] * 64, 64, 8) == pytest.approx(8 - 1)
 
 
 def test_predictions_grow_with_everything_and_shrink_with_speed(model):
