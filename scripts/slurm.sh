@@ -46,13 +46,21 @@ for attempt in {1..30}; do
     sleep 5
 done
 
-python main.py --phase all "$@" --set run.executor=ray run.address="$address" &
-study=$!
-trap 'kill -TERM $study' TERM # five minutes before the end: it stops cleanly
-status=0
-wait "$study" || status=$?
-if kill -0 "$study" 2> /dev/null; then # the signal has ended the wait
+study='' stopped=0
+trap 'stopped=1; [[ -z $study ]] || kill -TERM "$study"' TERM # five minutes before the end: it stops cleanly
+for attempt in 1 2; do
+    python main.py --phase all "$@" --set run.executor=ray run.address="$address" &
+    study=$!
     status=0
     wait "$study" || status=$?
-fi
+    if kill -0 "$study" 2> /dev/null; then # the signal has ended the wait
+        status=0
+        wait "$study" || status=$?
+    fi
+    ((status == 2 && attempt == 1 && !stopped)) || break
+    echo "once more in 200 seconds: a job before this one that was killed holds the results folder for three minutes" >&2
+    study=''
+    sleep 200 &
+    wait $! || break # the signal
+done
 exit "$status"
