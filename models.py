@@ -20,16 +20,12 @@ from torch import nn
 
 from config import ConfigError
 from sections.base import MODELS, suggest
-from store import StoreError, atomic_path
+from store import CheckpointError, StoreError, atomic_path
 
 CHECKPOINT_FORMAT = "beyond-naive-quantization/checkpoint/1"
 CLASSIFIERS = {"resnet50": "fc", "mobilenet_v2": "classifier.1", "squeezenet1_1": "classifier.1"}
 TORCHVISION = tuple(CLASSIFIERS)
 PATCH_SIZES = (16, 8, 4)  # of a ViT: the largest that gives at least 2 x 2 patches
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is truncated, of another program or of another model; nothing has been loaded."""
 
 
 def check_architecture(name: str, where: str = "models.architectures") -> None:

@@ -77,6 +77,10 @@ class StoreError(OSError):
     """The results folder cannot be used; the message is one line for the person at the keyboard."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is truncated, of another program or of another model; nothing has been loaded."""
+
+
 class MissingArtifactError(StoreError):
     """A phase needs a file that an earlier phase makes."""
 

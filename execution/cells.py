@@ -13,6 +13,7 @@ import linecache
 import os
 import platform
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,17 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import threadpoolctl
-import torch
-import torch.fx
 
 from config import Config, ConfigError
-from datasets import DataError
 from execution import quiet
 from execution.run_lock import record_of
 from execution.run_log import peak_memory_mb, reset_peak_memory, worker_name
-from models import CheckpointError
+from image_cache import DataError
 from plan import Cell
-from store import Store, StoreError, seed_for
+from store import CheckpointError, Store, StoreError, seed_for
 
 FATAL = (StoreError, DataError, ConfigError, CheckpointError)  # what no cell can help
 MEMORY_HINT = (
@@ -134,14 +132,15 @@ def compute_cell(cell: Cell, compute: Compute, job: Job, tell: Tell) -> Outcome:
 def _compute(cell: Cell, compute: Compute, config: Config, tell: Tell) -> Outcome:
     threads = config.run.threads_per_cell
     start, clock, paused = time.time(), time.perf_counter(), quiet.paused_seconds()
-    is_own_peak, is_on_gpu = reset_peak_memory(), _has_gpu()
+    is_own_peak, is_on_gpu, torch = reset_peak_memory(), _has_gpu(), _torch()
     if is_on_gpu:
         torch.cuda.reset_peak_memory_stats()
     row, groups, extra = {**cell.identity(), "status": "failed", "error": None}, [], {}
     trace = None
     with threadpoolctl.threadpool_limits(threads):  # numpy's too, as OMP_NUM_THREADS has it in a worker
-        torch.set_num_threads(threads)
-        torch.manual_seed(seed_for(cell.seed, cell.id, "global"))  # for what draws without a generator, such as dropout
+        if torch is not None:
+            torch.set_num_threads(threads)
+            torch.manual_seed(seed_for(cell.seed, cell.id, "global"))  # for what draws without a generator: dropout
         try:
             result = compute(cell, CellReport(tell))
         except FATAL:
@@ -159,7 +158,7 @@ def _compute(cell: Cell, compute: Compute, config: Config, tell: Tell) -> Outcom
     peak = peak_memory_mb() if is_own_peak else None
     log = log_entry(cell, row, start, seconds, peak_memory_mb=peak, worker=worker_name(), trace=trace, paused=paused)
     if is_on_gpu or _has_gpu():  # the first cell of a process is the one that turns to it
-        log["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+        log["peak_gpu_memory_mb"] = round(_torch().cuda.max_memory_allocated() / 1e6, 1)
     return Outcome(row, groups, extra, log)
 
 
@@ -200,7 +199,8 @@ def one_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    kinds = (MemoryError,) if (torch := _torch()) is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def is_poisoned(error: BaseException | None) -> bool:
@@ -208,7 +208,7 @@ def is_poisoned(error: BaseException | None) -> bool:
     made of one, as the errors of engines and quantizers are."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        is_cuda = isinstance(error, getattr(torch, "AcceleratorError", ())) or POISON.search(str(error))
+        is_cuda = isinstance(error, getattr(_torch(), "AcceleratorError", ())) or POISON.search(str(error))
         if is_cuda and not is_out_of_memory(error):
             return True
         seen.add(id(error))
@@ -264,7 +264,7 @@ def _check_folder(job: Job, patience: float = 0.0) -> None:
 def _forgetting_sources() -> Iterator[None]:
     """Forget the source code of the graphs that are traced meanwhile: torch.fx keeps that of every graph for its
     tracebacks as long as the process lives, some 100 kB a cell."""
-    kept = getattr(getattr(torch.fx.graph_module, "_loader", None), "eval_cache", {})
+    kept = getattr(getattr(sys.modules.get("torch.fx.graph_module"), "_loader", None), "eval_cache", {})
     before = set(kept)
     try:
         yield
@@ -285,7 +285,7 @@ def _free_memory(at_once: bool) -> None:
     now = time.monotonic()
     _look_again = now + (now - start) / GARBAGE_SHARE
     if _has_gpu():
-        torch.cuda.empty_cache()
+        _torch().cuda.empty_cache()
 
 
 _look_again = 0.0  # when (monotonic) garbage is looked for again
@@ -293,7 +293,13 @@ _look_again = 0.0  # when (monotonic) garbage is looked for again
 
 def _has_gpu() -> bool:
     """Whether this process computes on one."""
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    torch = _torch()
+    return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _torch() -> Any:
+    """None where nothing has imported it, such as a phase's computation: it takes seconds, and 300 MB."""
+    return sys.modules.get("torch")
 
 
 _GROUP_IDENTITY = ("cell", "dataset", "model", "seed", "method", "strategy", "weight_bits", "activation_bits")

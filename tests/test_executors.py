@@ -1022,6 +1022,13 @@ def test_settings_that_nothing_would_read_are_refused():
         load_config(None, ["run.executor=processes", "run.address=auto"])
 
 
+def test_a_worker_needs_no_torch_before_its_cells_do():
+    """Sixty-four of them on one machine, whose cells compute nothing, would need 20 GB (benchmarks/dry_cluster.py)."""
+    code = "import sys; from execution import cells, executors, ray_executor; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_what_is_out_of_memory_and_what_has_poisoned_the_process():
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as caught:
