@@ -137,7 +137,8 @@ class Room:
             yield
         finally:
             self._arm(0)
-            signal.signal(signal.SIGALRM, before)
+            # One that the kernel has begun to deliver, to another thread, may come yet: by default it would be the end.
+            signal.signal(signal.SIGALRM, signal.SIG_IGN if before is signal.SIG_DFL else before)
 
     @contextlib.contextmanager
     def alone(self, measurement: Measurement) -> Iterator[None]:

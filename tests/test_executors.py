@@ -847,6 +847,21 @@ with quiet.computing(Path(sys.argv[1])):
 
 
 @pytest.mark.skipif(fcntl is None, reason="cells pause by flock")
+def test_a_tick_that_comes_after_its_cell_ends_nobody(tmp_path):
+    """On a machine with more workers than cores some do."""
+    code = f"""
+import os, pathlib, signal
+from execution import quiet
+with quiet.computing(pathlib.Path({str(tmp_path)!r})) as room:
+    assert room is not None
+os.kill(os.getpid(), signal.SIGALRM)
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
+@pytest.mark.skipif(fcntl is None, reason="cells pause by flock")
 def test_who_waits_for_decoded_images_stands_still_too(tmp_path):
     """One decodes, another one waits for its images, and a third measures: none of them waits for ever."""
     measuring = tmp_path / "measuring"
