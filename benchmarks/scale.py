@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", action="extend", default=[])
     parser.add_argument("--executors", nargs="+", default=["processes", "ray"], choices=["processes", "ray"])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--cells", type=int, help="of --kill (60) and --soak (2000)")
+    parser.add_argument("--cells", type=int, help="of --kill (120) and --soak (2000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="an empty one, for the runs' results")
     options = parser.parse_args()
@@ -218,7 +218,7 @@ def speed(folder: Path, options: argparse.Namespace) -> int:
 
 def kill(folder: Path, options: argparse.Namespace) -> int:
     """Each run is killed 30 times, once as many cells are there as a 31st part each; then it is left to finish."""
-    wanted = options.cells or 60
+    wanted = options.cells or 120
     seeds = list(range(-(-wanted // 6)))
     config = write_config(
         folder,
@@ -249,7 +249,7 @@ def killed(folder: Path, config: Path, executor: str, total: int, options: argpa
     run, starts = Run(config, results, settings), 1
     statuses = []
     while (number := victims["worker"] + victims["program"]) < options.kills:
-        if victims["missed"] > options.kills:  # there was nobody to kill: it is over
+        if len(list((results / "cells").glob("*.json"))) >= total:  # nothing is left to interrupt: too few kills
             break
         until_cells = number * total // (options.kills + 1)
         while len(list((results / "cells").glob("*.json"))) <= until_cells and run.process.poll() is None:
