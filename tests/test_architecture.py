@@ -17,7 +17,7 @@ MAY_USE = {
     "quantizers": {
         "evaluation", "fairness_losses", "group_counts", "sections", "significance", "store", "training",
     },
-    "execution": {"config", "datasets", "models", "owners", "plan", "store"},
+    "execution": {"config", "image_cache", "owners", "plan", "store"},
 }  # fmt: skip
 
 
