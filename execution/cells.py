@@ -8,6 +8,8 @@ and checkpoints, and gives back the row; the program that it works for writes th
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import gc
 import linecache
 import os
@@ -276,12 +278,13 @@ def _forgetting_sources() -> Iterator[None]:
 
 def _free_memory(at_once: bool) -> None:
     """Else not more often than takes a twentieth of the time: cells may be tiny, and Python's own look comes in the
-    end."""
+    end. What is free is given back to the system too: glibc keeps it in pieces, more of them with each kind of cell."""
     global _look_again
     start = time.monotonic()
     if start < _look_again and not at_once:
         return
     gc.collect()
+    _trim()
     now = time.monotonic()
     _look_again = now + (now - start) / GARBAGE_SHARE
     if _has_gpu():
@@ -289,6 +292,19 @@ def _free_memory(at_once: bool) -> None:
 
 
 _look_again = 0.0  # when (monotonic) garbage is looked for again
+
+
+def _malloc_trim() -> Callable[[int], int]:
+    """glibc's; nothing to do where the C library has none."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return lambda pad: 0
+    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
+    return trim
+
+
+_trim = functools.partial(_malloc_trim(), 0)
 
 
 def _has_gpu() -> bool:
