@@ -148,3 +148,60 @@ def test_the_one_process_of_a_serial_run_goes_on_with_the_next_cell(tmp_path):
     run_cells("quantization", cells, poisoned_once, load_config(None, []), store, Report(quiet=True))
     rows = [store.record(cell.id)["row"] for cell in cells]
     assert [row["status"] for row in rows] == ["failed", "done"] and "device-side assert" in rows[0]["error"]
+
+
+# ------------------------------------------------------------------------------------------------------- on a real GPU
+
+
+def on_the_gpu(config, store, device, data=None):
+    """Cells whose names say what they do to it."""
+
+    def compute(cell: Cell, report) -> CellResult:
+        if cell.id == "assert":
+            values, outside = torch.zeros(2, device=device), torch.tensor([5], device=device)
+            values[outside].sum().item()
+        if cell.id == "memory":
+            torch.cuda.set_per_process_memory_fraction(0.01)
+            try:
+                torch.empty(torch.cuda.get_device_properties(0).total_memory // 2, dtype=torch.uint8, device=device)
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+        return CellResult({"accuracy": torch.full((4,), 0.25, device=device).sum().item()}, [])
+
+    return compute
+
+
+class Log:
+    def __init__(self):
+        self.entries = []
+
+    def record(self, entry: dict) -> None:
+        self.entries.append(entry)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("executor", ["serial", "processes", "ray"])
+def test_a_real_error_of_the_gpu_costs_one_cell(executor, tmp_path):
+    """An index out of range kills the context, and its worker with it; want of memory does not."""
+    if executor == "ray":
+        pytest.importorskip("ray")
+    store, report = Store(tmp_path), Report(quiet=True)
+    store.prepare("")
+    report.log = Log()
+    config = load_config(None, [f"run.executor={executor}", "run.jobs=1", "run.retries=0", "run.gpus_per_cell=1"])
+    names = ("first", "assert", "second", "memory", "third")
+    cells = [Cell(name, "quantization", "synthetic", "m", 0, "ptq_static") for name in names]
+    run_cells("quantization", cells, on_the_gpu, config, store, report, device="cuda")
+    rows = {cell.id: store.record(cell.id)["row"] for cell in cells}
+    assert {name: row["status"] for name, row in rows.items() if row["status"] != "done"} == {
+        "assert": "failed",
+        "memory": "failed",
+    }
+    assert {rows[name]["accuracy"] for name in ("first", "second", "third")} == {1.0}
+    assert "device-side assert" in rows["assert"]["error"] and "its worker was thrown away" in rows["assert"]["error"]
+    assert "out of memory" in rows["memory"]["error"] and "too little memory for this cell" in rows["memory"]["error"]
+    workers = {entry["cell"]: entry["worker"] for entry in report.log.entries}
+    assert workers["second"] != workers["assert"]
+    if executor != "ray":  # there each cell has a process of its own
+        assert workers["first"] == workers["assert"] and workers["second"] == workers["memory"] == workers["third"]
