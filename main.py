@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import signal
 import sys
 import threading
@@ -83,7 +84,7 @@ def _main(options: argparse.Namespace) -> int:
         store = Store(config.results_dir)
         if options.dry_run:
             return _dry_run(config, store, _phases(options.phase))
-        with only_run(store):
+        with only_run(store, options.wait, lambda line: print(line, file=sys.stderr, flush=True)):
             return _run(config, store, _phases(options.phase), device, options)
     except (ConfigError, DataError, StoreError, CheckpointError) as error:
         return _refuse(f"{error}{'; leave --fresh out then' if options.is_cleared else ''}")
@@ -112,12 +113,25 @@ def _parser() -> argparse.ArgumentParser:
         "--retry-failed", action="store_true", help="compute again the cells that failed, and no others (default: both)"
     )
     again.add_argument("--keep-failed", action="store_true", help="leave the cells that failed as they are")
+    parser.add_argument(
+        "--wait", type=_seconds, default=0.0, metavar="SECONDS", help="for another run on the same results (default: 0)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the cells, done or to do, and stop")
     parser.add_argument("--status", action="store_true", help="how far the study is, in time too; also during a run")
     parser.add_argument("--json", action="store_true", help="with --status: for programs")
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
     parser.set_defaults(is_cleared=False)  # whether --fresh has been done
     return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
 
 
 def _run(config: Config, store, phases: Sequence[str], device: str, options: argparse.Namespace) -> int:
