@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
     status: dict[str, Any] = {
         "results_dir": str(store.root),
         "run": _told(owner, now) if is_run else None,
-        "died": _told(owner, now) if owner is not None and not is_run else None,
+        "died": _died(owner, now) if owner is not None and not is_run else None,
         "at_a_time": at_a_time,
         "phases": {},
         "running": [],
@@ -180,6 +181,20 @@ def _told(owner: Owner, now: datetime) -> dict[str, Any]:
     return told
 
 
+def _died(owner: Owner, now: datetime) -> dict[str, Any]:
+    return {**_told(owner, now), "goes_on_with": _going_on(owner.command)}
+
+
+def _going_on(command: str | None) -> str | None:
+    """The command that goes on where this one was killed: without --fresh, which would clear what it has finished."""
+    try:
+        words = shlex.split(command or "")
+    except ValueError:  # not one that Owner wrote
+        return command
+    kept = [word for word in words if not (word.startswith("--f") and "--fresh".startswith(word))]  # as argparse does
+    return command if kept == words else shlex.join(kept)
+
+
 def _analysis(entries: list[dict], config: Config, store: Store) -> dict[str, Any]:
     made = [entry for entry in entries if entry["phase"] == ANALYSIS and entry["status"] == "done"]
     if not (store.analysis / "summary.md").exists():
@@ -256,7 +271,7 @@ class Screen:
         else:
             yield Text(f"{status['results_dir']}: no run in progress")
         if status["died"] is not None:
-            yield Text(f"the last one was killed: {_of(status['died'])}; the same command goes on")
+            yield Text(f"the last one was killed: {_of(status['died'])}; {_how_to_go_on(status['died'])}")
         table = Table("phase", box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("cells", "done", "failed", "running", "to do", "time spent", "time left"):
             table.add_column(column, justify="right")
@@ -288,6 +303,11 @@ class Screen:
 
 def _of(run: Mapping[str, Any]) -> str:
     return f"process {run['pid']} on {run['host']} since {run['since']} ({run['command']})"
+
+
+def _how_to_go_on(died: Mapping[str, Any]) -> str:
+    again = died["goes_on_with"]
+    return "the same command goes on" if again == died["command"] else f"to go on, without --fresh: {again}"
 
 
 def _left(numbers: Mapping[str, Any]) -> str:

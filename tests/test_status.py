@@ -4,6 +4,8 @@
 import dataclasses
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cheap_run import run_here, write_config
+from cheap_run import command, fork, run_here, write_config
 from fake_study import small_config, write_study
 
 import main
@@ -183,6 +185,47 @@ def test_a_run_that_was_killed_is_told_of(half, tmp_path, capsys):
     assert lines[0] == f"{half[0].root}: no run in progress"
     assert lines[1].startswith(f"the last one was killed: process {os.getpid()} on ")
     assert lines[1].endswith("(python main.py --phase all); the same command goes on")
+
+
+@pytest.mark.parametrize("spelt", ["--fresh", "--fre"])
+def test_a_fresh_run_that_was_killed_goes_on_without_clearing_again(spelt, tmp_path, capsys):
+    """Killed in its third cell; the command that is told keeps the two finished ones."""
+    config, results = write_config(tmp_path, seeds=1), tmp_path / "a folder"
+    assert run_here(config, results) == 0
+    names = [cell.id for cell in plan(main.load_config(config))["baseline"]]
+
+    def run() -> int:
+        sys.argv = ["main.py", *command(config, results, spelt)]  # what the lock tells of the command
+        return run_here(config, results, spelt, event=lambda cell, computed, store: stops(computed))
+
+    def stops(computed: int) -> None:
+        if computed == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = fork(tmp_path / "killed", run)
+    assert child.wait() == -signal.SIGKILL
+    finished = {name: Store(results).record_path(name).stat().st_mtime_ns for name in names[:2]}
+    capsys.readouterr()
+    assert main.main(["--status", "--config", str(config), "--results-dir", str(results)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    told, _, again = line.partition("; to go on, without --fresh: ")
+    assert told.endswith(f"{spelt})") and "the same command" not in line
+    words = shlex.split(again)
+    assert words == ["python", "main.py", *command(config, results)]
+    assert main.main(["--status", "--json", "--config", str(config), "--results-dir", str(results)]) == 0
+    assert json.loads(capsys.readouterr().out)["died"]["goes_on_with"] == again
+    assert run_here(config, results) == 0
+    assert {name: Store(results).record_path(name).stat().st_mtime_ns for name in names[:2]} == finished
+    assert Store(results).is_done(names[2])
+
+
+@pytest.mark.parametrize("command", [None, "python main.py 'torn", "python main.py --set results_dir=--fresh"])
+def test_another_command_goes_on_as_it_is(command, half, capsys):
+    dead = dataclasses.replace(Owner.this_process(), birth="another-boot:1", command=command)
+    (half[0].root / ".lock.json").write_text(json.dumps(dataclasses.asdict(dead)))
+    assert study_status(CONFIG, half[0], NOW)["died"]["goes_on_with"] == command
+    assert main.main(["--status", "--results-dir", str(half[0].root)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("; the same command goes on")
 
 
 def test_what_failed_with_its_baseline_is_counted_and_not_listed(tmp_path, capsys):
