@@ -1,8 +1,10 @@
 """How far a study is: python main.py --status. Reads the results folder, writes nothing, and imports no torch.
 
-Done and failed are what the cells' records say, running what running/ says of processes that are alive, and times are
-those of the log. What is left is an estimate from cells that ended: those of the same data set, model and method, else
-of the same model and method, else of the model, else of the phase. Where no cell of a phase has ended, it is not known.
+Done and failed are what the cells' records say (a finished cell whose deployment, diagnostics or evaluation on another
+data set failed is a failed one, as for the exit status of a run), running what running/ says of processes that are
+alive, and times are those of the log. What is left is an estimate from cells that ended: those of the same data set,
+model and method, else of the same model and method, else of the model, else of the phase. Where no cell of a phase has
+ended, it is not known.
 Finished cells that lack something, such as another engine, are estimated by those that lacked something.
 """
 
@@ -77,8 +79,10 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
             state, error = _state(cell, config, store, running)
             counts[state] += 1
             if state == "failed":
-                broken.add(cell.id)
-                because_of = cell.baseline_cell if cell.baseline_cell in broken else None
+                because_of = None
+                if not _is_done(cell, store):  # a finished one fails by itself, and nothing made from it fails with it
+                    broken.add(cell.id)
+                    because_of = cell.baseline_cell if cell.baseline_cell in broken else None
                 status["failed"].append({"cell": cell.id, "phase": phase, "error": error, "because_of": because_of})
             if state in ("done", "failed"):
                 continue
@@ -136,6 +140,8 @@ def _state(cell: Cell, config: Config, store: Store, running: Mapping[str, Owner
         record = store.record(cell.id)
         if record is not None and record["row"]["status"] == "failed":
             return "failed", record["row"]["error"]
+        if failures := complete.failures(cell, config, store):
+            return "failed", "; ".join(failure.told() for failure in failures)
         return ("to_do" if complete.missing(cell, config, store) else "done"), None
     except StoreError as error:  # a damaged record
         return "failed", str(error)

@@ -241,6 +241,56 @@ def test_what_failed_with_its_baseline_is_counted_and_not_listed(tmp_path, capsy
     assert told[0].startswith(f"failed: {baseline} (and {len(made)} cells made from it): RuntimeError: ")
 
 
+def failing(store: Store, cell: str, **extra) -> None:
+    record = store.record(cell)
+    store.write_cell(record["row"], record["groups"], {**record["extra"], **extra})
+
+
+def test_what_a_finished_cell_lacks_because_it_failed_is_a_failure(half):
+    """By engine; with other settings, or not asked for, it has not failed."""
+    store, cell = half
+    name, baseline = cell["mobilenet_v2", 0, 8], cell["mobilenet_v2", 0]
+    asked = ("deployment.cells=['*:*:8', '*:none']", "mitigation.diagnostics.cells='*:*:8'")
+    config = small_config(*asked, "deployment.export=[]", seeds=(0, 1))
+    (quantized,) = (c for c in plan(config)["quantization"] if c.id == name)
+    lacking = study_status(config, store, NOW)
+    assert len(lacking["failed"]) == 1 and name not in str(lacking["failed"])  # nobody has tried
+    rows = [{"engine": engine, "status": "failed", "error": f"no {engine}"} for engine in ("onnxruntime", "openvino")]
+    settings = complete.deployment_settings(config)
+    failing(
+        store, name, deployment=rows, deployment_settings=settings,
+        diagnostics_failure={"settings": complete.diagnosis_settings(quantized, config), "error": "no slopes"},
+    )  # fmt: skip
+    failing(store, baseline, deployment=rows[:1], deployment_settings=settings)
+    status = study_status(config, store, NOW)
+    told = {each["cell"]: each for each in status["failed"]}
+    error = "deployment failed: onnxruntime: no onnxruntime; diagnostics failed: no slopes"
+    assert told[name] == {"cell": name, "phase": "quantization", "error": error, "because_of": None}
+    assert told[baseline]["error"] == "deployment failed: onnxruntime: no onnxruntime" and len(told) == 3
+    before, after = (each["phases"]["quantization"] for each in (lacking, status))
+    assert (after["failed"], after["to_do"]) == (before["failed"] + 1, before["to_do"] - 1)
+    assert sum(after[key] for key in ("done", "failed", "running", "to_do")) == after["cells"]
+
+    def errors(*overrides: str) -> list[str]:
+        other = small_config(*asked, "deployment.export=[]", *overrides, seeds=(0, 1))
+        return [each["error"] for each in study_status(other, store, NOW)["failed"] if each["cell"] == name]
+
+    assert errors("deployment.provider=cuda") == ["diagnostics failed: no slopes"]
+    assert errors("mitigation.diagnostics.samples=7") == ["deployment failed: onnxruntime: no onnxruntime"]
+    assert errors("deployment.provider=cuda", "mitigation.diagnostics.samples=7") == []
+    assert errors("deployment.cells=[]", "mitigation.diagnostics.cells=[]") == []
+
+
+def test_a_cell_does_not_fail_because_its_baseline_could_not_be_deployed(half):
+    store, cell = half
+    config = small_config("deployment.cells='*:none'", "deployment.export=[]", seeds=(0, 1))
+    rows = [{"engine": "onnxruntime", "status": "failed", "error": "no kernel"}]
+    failing(store, cell["resnet50", 0], deployment=rows, deployment_settings=complete.deployment_settings(config))
+    told = {each["cell"]: each for each in study_status(config, store, NOW)["failed"]}
+    assert told.keys() == {cell["resnet50", 0], cell["resnet50", 0, 4]}
+    assert [each["because_of"] for each in told.values()] == [None, None]
+
+
 def test_a_damaged_record_is_named_with_what_to_do(half):
     store, cell = half
     store.record_path(cell["resnet50", 0, 8]).write_bytes(b'{"row": ')
