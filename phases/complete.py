@@ -106,9 +106,9 @@ def metric_settings(config: Config, dataset: str) -> dict[str, Any]:
 
 def is_deployed(cell: Cell, config: Config, store: Store) -> bool:
     """Whether the cell is done and deployed as the config wants it."""
-    if not store.is_done(cell.id):
+    record = store.record(cell.id) if store.is_done(cell.id) else None
+    if record is None:  # or deleted just now, by another run's --fresh
         return False
-    record = store.record(cell.id)
     if is_selected(cell, config.deployment.export) and not _has_its_file(record, store):
         return False
     if not is_selected(cell, config.deployment.cells):
@@ -132,7 +132,10 @@ def _has_its_file(record: dict, store: Store) -> bool:
     """Whether models/<cell>.onnx is there and whole: as long as it was when it was written."""
     path = store.model_path(record["row"]["cell"])
     size = record["extra"].get("model_bytes")  # None: exported before lengths were kept
-    return path.exists() and size in (None, path.stat().st_size)
+    try:
+        return size in (None, path.stat().st_size)
+    except FileNotFoundError:  # one look: between two another run's --fresh may delete it
+        return False
 
 
 def deployment_settings(config: Config) -> dict[str, str]:

@@ -10,6 +10,7 @@ Finished cells that lack something, such as another engine, are estimated by tho
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shlex
@@ -123,9 +124,11 @@ def analysis_inputs(config: Config, store: Store) -> str:
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in sorted((store.root / "cells").glob("*.json")):
-        digest.update(f"\n{path.name} ".encode() + hashlib.sha256(path.read_bytes()).digest())
+        with contextlib.suppress(FileNotFoundError):  # another run's --fresh has deleted it just now: not there
+            digest.update(f"\n{path.name} ".encode() + hashlib.sha256(path.read_bytes()).digest())
     for path in sorted((store.root / "predictions").glob("[!.]*.npz")):
-        digest.update(f"\n{path.name} {path.stat().st_size}".encode())
+        with contextlib.suppress(FileNotFoundError):
+            digest.update(f"\n{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
 
 

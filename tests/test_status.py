@@ -3,8 +3,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,6 +340,58 @@ def test_a_cut_off_model_file_is_something_to_do(half):
         if content is not None:
             store.model_path(name).write_bytes(content)
         assert complete.missing(found, config, store) == what
+
+
+def test_what_another_run_clears_meanwhile_is_not_there(tmp_path, monkeypatch):
+    """--fresh comes before each look at a file in turn: also between the one that finds it and that which reads it."""
+    config = small_config("deployment.cells=[]", "deployment.export=['*:*:8']", models=("resnet50",))
+    whole, planned = write_study(tmp_path / "whole", config, n=40)
+    names = [cell.id for cells in planned.values() for cell in cells]
+    for name in names:
+        failing(whole, name, model_bytes=5)
+        whole.model_path(name).write_bytes(b"12345")
+    whole.analysis.mkdir()
+    (whole.analysis / "summary.md").write_text("")
+    entry = {"phase": "analysis", "status": "done", "seconds": 12.0, "inputs": analysis_inputs(config, whole)}
+    RunLog(whole).record(entry)
+    to_go = math.inf  # looks until --fresh comes
+    store = whole
+
+    def looking(look):
+        def looks(path, *arguments, **options):
+            nonlocal to_go
+            to_go -= 1
+            if to_go == 0:
+                store.clear(names)
+            return look(path, *arguments, **options)
+
+        return looks
+
+    def asks(store: Store) -> None:
+        """What --status and --dry-run do."""
+        status = study_status(config, store, NOW)
+        states.add(status["analysis"]["state"])
+        for numbers in status["phases"].values():
+            assert sum(numbers[key] for key in ("done", "failed", "running", "to_do")) == numbers["cells"]
+        assert status["failed"] == []
+        for cells in planned.values():
+            for cell in cells:
+                complete.missing(cell, config, store)
+
+    states: set[str] = set()
+    monkeypatch.setattr(Path, "stat", looking(Path.stat))
+    monkeypatch.setattr(Path, "open", looking(Path.open))
+    to_go = looks = 10_000
+    asks(whole)
+    looks -= to_go
+    assert looks > 10 * len(names) and states == {UP_TO_DATE}
+    for moment in range(1, looks + 1):
+        to_go = math.inf
+        store = Store(shutil.copytree(whole.root, tmp_path / str(moment)))
+        to_go = moment
+        asks(store)
+        assert to_go <= 0 and not list(store.root.glob("cells/*"))
+    assert states == {UP_TO_DATE, OUT_OF_DATE}
 
 
 def test_a_finished_cell_that_lacks_its_file_is_expected_to_take_what_such_cells_took(half):
