@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +21,11 @@ from config import Config, ConfigError, dump_config, load_config
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "config.yaml"
 PHASES = ("baseline", "quantization", "mitigation", "analysis")
+FAILURES = {  # of finished cells, see phases.complete.Failure: what is said of how many there are
+    "deployment": "deployments failed",
+    "diagnostics": "diagnostics failed",
+    "evaluation": "evaluations on other data sets failed",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +90,7 @@ def _main(options: argparse.Namespace) -> int:
         store = Store(config.results_dir)
         if options.dry_run:
             return _dry_run(config, store, _phases(options.phase))
-        with only_run(store):
+        with only_run(store, options.wait, lambda line: print(line, file=sys.stderr, flush=True)):
             return _run(config, store, _phases(options.phase), device, options)
     except (ConfigError, DataError, StoreError, CheckpointError) as error:
         return _refuse(f"{error}{'; leave --fresh out then' if options.is_cleared else ''}")
@@ -112,12 +119,25 @@ def _parser() -> argparse.ArgumentParser:
         "--retry-failed", action="store_true", help="compute again the cells that failed, and no others (default: both)"
     )
     again.add_argument("--keep-failed", action="store_true", help="leave the cells that failed as they are")
+    parser.add_argument(
+        "--wait", type=_seconds, default=0.0, metavar="SECONDS", help="for another run on the same results (default: 0)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the cells, done or to do, and stop")
     parser.add_argument("--status", action="store_true", help="how far the study is, in time too; also during a run")
     parser.add_argument("--json", action="store_true", help="with --status: for programs")
     parser.add_argument("--quiet", action="store_true", help="plain lines instead of a progress bar")
     parser.set_defaults(is_cleared=False)  # whether --fresh has been done
     return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
 
 
 def _run(config: Config, store, phases: Sequence[str], device: str, options: argparse.Namespace) -> int:
@@ -127,7 +147,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
     from runner import Report
 
     planned = plan(config)
-    broken = {cell.id for phase in phases for cell in planned.get(phase, []) if _has_failed(cell.id, store)}
+    broken = {cell.id for phase in phases for cell in planned.get(phase, []) if _has_failed(cell, config, store)}
     if options.retry_failed and not broken:
         print(f"{config.results_dir}: no cell of these phases has failed")
         return 0
@@ -150,7 +170,7 @@ def _run(config: Config, store, phases: Sequence[str], device: str, options: arg
 def _run_phases(config: Config, store, phases: Sequence[str], device: str, planned: dict, report) -> int:
     import importlib
 
-    from phases import cross_evaluate
+    from phases.complete import failures
     from phases.deploy import unmatched_patterns
     from phases.tables import write_tables
 
@@ -178,14 +198,14 @@ def _run_phases(config: Config, store, phases: Sequence[str], device: str, plann
     for cell, error in failed:
         report.line(f"failed: {cell}: {error}")
     computed = [cell for phase in phases for cell in planned.get(phase, [])]
-    undeployed = _failed_deployments(config, store, computed)
-    unevaluated = cross_evaluate.failures(computed, config, store)
-    for line in (*undeployed, *unevaluated, *unusable):
+    of_finished = [(cell.id, failure) for cell in computed for failure in failures(cell, config, store)]
+    of_finished.sort(key=lambda failure: list(FAILURES).index(failure[1].what))
+    for line in (*(failure.told(cell) for cell, failure in of_finished), *unusable):
         report.line(line)
+    numbers = Counter(failure.what for _, failure in of_finished)
     counts = [
         (len(failed), "cells failed"),
-        (len(undeployed), "deployments failed"),
-        (len(unevaluated), "evaluations on other data sets failed"),
+        *((numbers[what], told) for what, told in FAILURES.items()),
         (len(unusable), "finished cells left out of the analysis"),
     ]
     told = "".join(f"; {count} {what}" for count, what in counts if count)
@@ -204,9 +224,12 @@ def _analyse(module, config: Config, store, report) -> None:
     report.log.record({"phase": ANALYSIS, "status": "done", **entry, "inputs": inputs})
 
 
-def _has_failed(cell: str, store) -> bool:
-    record = store.record(cell)
-    return record is not None and record["row"]["status"] == "failed"
+def _has_failed(cell, config: Config, store) -> bool:
+    """Whether the cell has, or something that the config wants of a finished one: what a run's exit status counts."""
+    from phases.complete import failures
+
+    record = store.record(cell.id)
+    return record is not None and (record["row"]["status"] == "failed" or bool(failures(cell, config, store)))
 
 
 def _status(config: Config, as_json: bool) -> int:
@@ -229,19 +252,6 @@ def _status(config: Config, as_json: bool) -> int:
         console.width = max(console.width, 100)
         console.print(Screen(status))
     return 0
-
-
-def _failed_deployments(config: Config, store, cells) -> list[str]:
-    """A line for each engine that could not run a cell's model."""
-    from phases.deploy import is_complete
-
-    return [
-        f"deployment failed: {cell.id}: {row['engine']}: {row['error']}"
-        for cell in cells
-        if (record := store.record(cell.id)) is not None and not is_complete(cell, config, store)
-        for row in record["extra"].get("deployment", [])
-        if row["status"] == "failed" and row["engine"] in config.deployment.engines
-    ]
 
 
 def _unusable(store) -> list[str]:

@@ -20,47 +20,37 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from owners import Owner
 from store import Store, StoreError, write_errors, write_json
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without flock
 PATIENCE = 1.0  # seconds: the one who was first may have ended just now, or not yet written who he is
+POLL = 2.0  # seconds between two attempts of a run that waits for another one
 ORPHANS_PATIENCE = 10.0  # seconds that the workers of a run that died get to notice
 BEAT = 15.0  # seconds between two touches of .lock.json
 SILENCE = 180.0  # seconds without one, after which a run on another machine is taken for dead
 
 
+class InUseError(StoreError):
+    """Another run, or a worker that has outlived its run, holds the folder; nothing in it has been touched."""
+
+
 @contextlib.contextmanager
-def only_run(store: Store) -> Iterator[None]:
-    """Hold the folder, made where it is not there; StoreError, one line, where another run holds it."""
-    from filelock import FileLock, Timeout  # takes longer to import than --status to look
+def only_run(store: Store, wait: float = 0.0, tell: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold the folder, made where it is not there; InUseError, one line, where another run still holds it after `wait`
+    seconds. `tell` gets a line where there is something to wait for."""
+    from filelock import FileLock  # takes longer to import than --status to look
 
     root = store.root
     with write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-    lock, has_locks = FileLock(root / ".lock", fallback_to_soft=False), True
+    lock = FileLock(root / ".lock", fallback_to_soft=False)
     try:
-        lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        raise StoreError(_refusal(root)) from None
-    except (OSError, NotImplementedError) as error:  # the latter is how filelock tells of some of the former
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            with write_errors(root):
-                raise
-        has_locks = False
-        if (owner := owner_of(root)) is not None and owner.is_alive():
-            raise StoreError(_refusal(root, has_locks)) from None
-    try:
-        owner = owner_of(root)
-        is_mine = owner is not None and owner.is_here and owner.pid == os.getpid()
-        if owner is not None and not is_mine and owner.is_alive() is not False:  # None: on another machine
-            is_silent = not owner.is_here and seconds_silent(root, _clock_of(root)) > SILENCE
-            if not (has_locks and is_silent):
-                raise StoreError(_refusal(root, has_locks))
-        _wait_for_orphans(store)
+        _hold_within(wait, lock, store, tell)
         store.remove_leftovers()  # on a full disk they are the room for the record
         write_json(record_of(root), dataclasses.asdict(Owner.this_process()))
         with write_errors(record_of(root)):
@@ -76,6 +66,48 @@ def only_run(store: Store) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             lock.release()
+
+
+def _hold_within(wait: float, lock: Any, store: Store, tell: Callable[[str], None]) -> None:
+    """Between two attempts the lock is free: whoever else waits is not kept by this run."""
+    deadline, is_told = time.monotonic() + wait, False
+    while True:
+        try:
+            return _hold(lock, store)
+        except InUseError as error:
+            with contextlib.suppress(OSError):
+                lock.release()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            if not is_told:
+                tell(f"waiting for {wait:.0f} seconds at most: {error}")
+                is_told = True
+        time.sleep(min(POLL, left))
+
+
+def _hold(lock: Any, store: Store) -> None:
+    from filelock import Timeout
+
+    root, has_locks = store.root, True
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise InUseError(_refusal(root)) from None
+    except (OSError, NotImplementedError) as error:  # the latter is how filelock tells of some of the former
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            with write_errors(root):
+                raise
+        has_locks = False
+        if (owner := owner_of(root)) is not None and owner.is_alive():
+            raise InUseError(_refusal(root, has_locks)) from None
+    owner = owner_of(root)
+    is_mine = owner is not None and owner.is_here and owner.pid == os.getpid()
+    if owner is not None and not is_mine and owner.is_alive() is not False:  # None: on another machine
+        is_silent = not owner.is_here and seconds_silent(root, _clock_of(root)) > SILENCE
+        if not (has_locks and is_silent):
+            raise InUseError(_refusal(root, has_locks))
+    _wait_for_orphans(store)
 
 
 def owner_of(root: Path) -> Owner | None:
@@ -114,12 +146,12 @@ def _clock_of(root: Path) -> float:
 
 
 def _wait_for_orphans(store: Store) -> None:
-    """StoreError where a worker of a run that died goes on computing: two of them would write the same files."""
+    """InUseError where a worker of a run that died goes on computing: two of them would write the same files."""
     deadline = time.monotonic() + ORPHANS_PATIENCE
     while orphans := [(cell, owner) for cell, owner in store.marked() if owner is not None and owner.is_alive()]:
         if time.monotonic() > deadline:
             cell, owner = orphans[0]
-            raise StoreError(
+            raise InUseError(
                 f"{store.root}: process {owner.pid}, a worker of a run that has died, is still computing {cell}; "
                 "end it (kill) or wait for it, and run again"
             )

@@ -1,4 +1,5 @@
-"""Which cells are complete: done, and deployed, diagnosed and measured elsewhere as the config wants it.
+"""Which cells are complete: done, and deployed, diagnosed and measured elsewhere as the config wants it; and which of
+these have failed.
 
 From the records alone, so that what only asks (--status) loads no model and imports no torch.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from config import Config
@@ -15,6 +17,7 @@ from plan import Cell
 from store import Store, short_hash
 
 FP32 = "FP32"
+DIAGNOSTICS_FAILURE = "diagnostics_failure"  # in a record: settings and error of the last try; None: it succeeded
 # of a data set's section: what its test split does not depend on
 NOT_OF_THE_TEST_SPLIT = {
     "root", "image_size", "max_train", "validation_share", "train_images", "validation_images",
@@ -28,6 +31,42 @@ def missing(cell: Cell, config: Config, store: Store) -> str | None:
     if not is_diagnosed(cell, config, store):
         return "diagnose"
     return None if is_evaluated(cell, config, store) else "measure"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Of a finished cell: something that the config wants of it and that was tried in vain."""
+
+    what: str  # 'deployment', 'diagnostics' or 'evaluation'
+    where: str | None  # the engine, or the data set
+    error: str
+
+    def told(self, cell: str | None = None) -> str:
+        """A line for the person at the keyboard, with the cell's name where that is not known from elsewhere."""
+        return ": ".join(part for part in (f"{self.what} failed", cell, self.where, self.error) if part)
+
+
+def failures(cell: Cell, config: Config, store: Store) -> list[Failure]:
+    """What a finished cell lacks because it failed, not because it was never tried with these settings."""
+    record = store.record(cell.id) if store.is_done(cell.id) else None
+    if record is None:  # or deleted just now
+        return []
+    found = []
+    if not is_deployed(cell, config, store) and _is_deployed_with(config, record):
+        found += [
+            Failure("deployment", row["engine"], row["error"])
+            for row in record["extra"].get("deployment", [])
+            if row["status"] == "failed" and row["engine"] in config.deployment.engines
+        ]
+    failed = record["extra"].get(DIAGNOSTICS_FAILURE)
+    if failed and not is_diagnosed(cell, config, store) and failed["settings"] == diagnosis_settings(cell, config):
+        found.append(Failure("diagnostics", None, failed["error"]))
+    rows = rows_elsewhere(cell, store)
+    for name in other_datasets(cell, config):
+        row = rows.get(name)
+        if row and row["status"] == "failed" and row["settings"] == evaluation_settings(cell, name, config):
+            found.append(Failure("evaluation", name, row["error"]))
+    return found
 
 
 def is_selected(cell: Cell, patterns: Iterable[str]) -> bool:
@@ -67,9 +106,9 @@ def metric_settings(config: Config, dataset: str) -> dict[str, Any]:
 
 def is_deployed(cell: Cell, config: Config, store: Store) -> bool:
     """Whether the cell is done and deployed as the config wants it."""
-    if not store.is_done(cell.id):
+    record = store.record(cell.id) if store.is_done(cell.id) else None
+    if record is None:  # or deleted just now, by another run's --fresh
         return False
-    record = store.record(cell.id)
     if is_selected(cell, config.deployment.export) and not _has_its_file(record, store):
         return False
     if not is_selected(cell, config.deployment.cells):
@@ -80,15 +119,23 @@ def is_deployed(cell: Cell, config: Config, store: Store) -> bool:
         and not (config.deployment.latency and any("latency_ms_b1" not in row for row in done.values()))
         and all(store.predictions_path(deployed_name(cell.id, engine)).exists() for engine in config.deployment.engines)
         and record["row"]["engine"] == config.deployment.engines[0]
-        and record["extra"].get("deployment_settings") == deployment_settings(config)
+        and _is_deployed_with(config, record)
     )
+
+
+def _is_deployed_with(config: Config, record: dict) -> bool:
+    """Whether engines ran the cell's model, or failed to, with the settings of the config."""
+    return record["extra"].get("deployment_settings") == deployment_settings(config)
 
 
 def _has_its_file(record: dict, store: Store) -> bool:
     """Whether models/<cell>.onnx is there and whole: as long as it was when it was written."""
     path = store.model_path(record["row"]["cell"])
     size = record["extra"].get("model_bytes")  # None: exported before lengths were kept
-    return path.exists() and size in (None, path.stat().st_size)
+    try:
+        return size in (None, path.stat().st_size)
+    except FileNotFoundError:  # one look: between two another run's --fresh may delete it
+        return False
 
 
 def deployment_settings(config: Config) -> dict[str, str]:

@@ -94,9 +94,16 @@ def evaluate(
             rows[name], groups[name] = _evaluate_on(
                 name, model, cell, predictions, names, config, store, data, device, report
             )
-    if not rows:
-        return {}
-    return {"cross_dataset": list(rows.values()), "cross_dataset_groups": [row for of in groups.values() for row in of]}
+    return _as_extra(rows, groups)
+
+
+def failed(cell: Cell, error: Exception, config: Config, store: Store) -> dict[str, Any]:
+    """What goes into the record of a finished cell whose model could not be measured elsewhere, for this reason."""
+    rows, groups = rows_elsewhere(cell, store), _groups(cell, store)
+    for name in other_datasets(cell, config):
+        if not is_evaluated_on(cell, name, config, store):
+            rows[name], groups[name] = _failed_row(cell, name, config) | {"error": one_line(error)}, []
+    return _as_extra(rows, groups)
 
 
 def refresh(cells: Iterable[Cell], config: Config, store: Store) -> int:
@@ -125,22 +132,9 @@ def refresh(cells: Iterable[Cell], config: Config, store: Store) -> int:
         for name in stale:
             columns, groups[name] = _measured(cell, name, at_home, abroad[name], record["extra"]["names"], config)
             rows[name] = rows[name] | columns
-        more = {"cross_dataset": list(rows.values()), "cross_dataset_groups": [r for of in groups.values() for r in of]}
-        store.write_cell(record["row"], record["groups"], record["extra"] | more)
+        store.write_cell(record["row"], record["groups"], record["extra"] | _as_extra(rows, groups))
         refreshed += 1
     return refreshed
-
-
-def failures(cells: Iterable[Cell], config: Config, store: Store) -> list[str]:
-    """A line for each data set that a finished cell was to be measured on and is not."""
-    return [
-        f"evaluation failed: {cell.id}: {name}: "
-        f"{rows_elsewhere(cell, store).get(name, {}).get('error') or 'not measured'}"
-        for cell in cells
-        if store.is_done(cell.id)
-        for name in other_datasets(cell, config)
-        if not is_evaluated_on(cell, name, config, store)
-    ]
 
 
 def tables(store: Store) -> list[Table]:
@@ -168,11 +162,7 @@ def _evaluate_on(
     report,
 ) -> tuple[dict, list[dict]]:
     mapping = correspondence(config, cell.dataset, name)
-    row = {"trained_on": cell.dataset, "evaluated_on": name, "status": "failed", "error": None}
-    row |= {
-        "settings": evaluation_settings(cell, name, config),
-        "metrics_key": evaluation_metrics_key(cell, name, config),
-    }
+    row = _failed_row(cell, name, config)
     dataset: FaceDataset = data.load_abroad(name, config.dataset(cell.dataset).image_size, report)
     try:
         split = dataset.splits["test"]
@@ -196,6 +186,25 @@ def _evaluate_on(
     store.write_predictions(deployed_name(cell.id, name), abroad)
     columns, groups = _measured(cell, name, predictions, abroad, names, config)
     return row | {"status": "done", "fingerprint": dataset.fingerprint, **columns}, groups
+
+
+def _failed_row(cell: Cell, name: str, config: Config) -> dict[str, Any]:
+    """Until it is measured there; without the reason."""
+    return {
+        "trained_on": cell.dataset,
+        "evaluated_on": name,
+        "status": "failed",
+        "error": None,
+        "settings": evaluation_settings(cell, name, config),
+        "metrics_key": evaluation_metrics_key(cell, name, config),
+    }
+
+
+def _as_extra(rows: dict[str, dict], groups: dict[str, list[dict]]) -> dict[str, Any]:
+    """Of a record: rows, and rows of groups, by data set."""
+    if not rows:
+        return {}
+    return {"cross_dataset": list(rows.values()), "cross_dataset_groups": [row for of in groups.values() for row in of]}
 
 
 def _measured(

@@ -23,6 +23,7 @@ from deployment import DeploymentError, Export, export_onnx, load_engine
 from engines import EngineError
 from evaluation import EvaluationError, Latency, latency, predict, write_model
 from execution import quiet
+from phases import cross_evaluate, diagnose
 from phases.complete import deployed_name, deployment_settings, is_selected
 from phases.complete import is_deployed as is_complete
 from phases.measure import Predicted, compression, measure_deployed
@@ -183,14 +184,16 @@ def keeping_results(compute: Compute, config: Config, store: Store) -> Compute:
 
 
 def keep(cell: Cell, error: Exception, report: Any, config: Config, store: Store) -> CellResult:
-    """The result of a finished cell to which nothing could be added, for this reason."""
+    """The result of a finished cell to which nothing could be added, for this reason: it is that of all it lacks."""
+    lacks = {} if diagnose.is_complete(cell, config, store) else diagnose.failed(cell, error, config)
+    lacks |= cross_evaluate.failed(cell, error, config, store)
     if is_complete(cell, config, store):  # it lacked other things: its deployment stands
         report.line(f"  {cell.id}: what it lacks could not be added: {one_line(error)}")
-        return kept(cell, {}, store)
+        return kept(cell, lacks, store)
     record = store.record(cell.id)
     rows = [_failed(engine, error) for engine in config.deployment.engines]
     deployed = _result(rows, [], record["extra"]["simulation"], record["extra"].get("model_bytes"), config)
-    return deploy_again(cell, deployed, CellResult({}, record["groups"], {}), config, store)
+    return deploy_again(cell, deployed, CellResult({}, record["groups"], lacks), config, store)
 
 
 def tables(store: Store) -> list[Table]:

@@ -14,7 +14,7 @@ from torch import nn
 from config import Config
 from datasets import BatchLoader, FaceDataset
 from diagnostics import diagnose
-from phases.complete import diagnosis_settings, is_diagnosed, wants_diagnosis
+from phases.complete import DIAGNOSTICS_FAILURE, diagnosis_settings, is_diagnosed, wants_diagnosis
 from plan import Cell
 from runner import FATAL, one_line, raise_poison
 from store import Store, Table, seed_for
@@ -39,7 +39,7 @@ def measure_diagnostics(
     fp32: nn.Module, quantized: nn.Module, cell: Cell, dataset: FaceDataset, config: Config, device: str, report: Any
 ) -> dict[str, Any]:
     """What goes into the cell's record: the three tables, of validation images, and what they were measured with.
-    Nothing where that fails, which is told."""
+    Where that fails, which is told, the error and what they were to be measured with: an earlier diagnosis stays."""
     try:
         return _measured(fp32, quantized, cell, dataset, config, device, report)
     except FATAL:
@@ -47,7 +47,12 @@ def measure_diagnostics(
     except Exception as error:  # the cell's results stand without it; the next run tries again
         raise_poison(error)
         report.line(f"  {cell.id}: its diagnostics failed: {one_line(error)}")
-        return {}
+        return failed(cell, error, config)
+
+
+def failed(cell: Cell, error: Exception, config: Config) -> dict[str, Any]:
+    """What goes into the record of a cell that could not be diagnosed, for this reason."""
+    return {DIAGNOSTICS_FAILURE: {"settings": diagnosis_settings(cell, config), "error": one_line(error)}}
 
 
 def _measured(fp32, quantized, cell: Cell, dataset: FaceDataset, config: Config, device: str, report) -> dict[str, Any]:
@@ -67,8 +72,10 @@ def _measured(fp32, quantized, cell: Cell, dataset: FaceDataset, config: Config,
         progress=lambda what, share: report.progress(what, share),
     )
     tables = zip(TABLES, (found.groups, found.clipping, found.exemplars), strict=True)
-    return {name: table.to_dict("records") for name, table in tables} | {
-        "diagnostics_settings": diagnosis_settings(cell, config)
+    return {
+        DIAGNOSTICS_FAILURE: None,
+        **{name: table.to_dict("records") for name, table in tables},
+        "diagnostics_settings": diagnosis_settings(cell, config),
     }
 
 

@@ -1,15 +1,19 @@
 """How far a study is: python main.py --status. Reads the results folder, writes nothing, and imports no torch.
 
-Done and failed are what the cells' records say, running what running/ says of processes that are alive, and times are
-those of the log. What is left is an estimate from cells that ended: those of the same data set, model and method, else
-of the same model and method, else of the model, else of the phase. Where no cell of a phase has ended, it is not known.
+Done and failed are what the cells' records say (a finished cell whose deployment, diagnostics or evaluation on another
+data set failed is a failed one, as for the exit status of a run), running what running/ says of processes that are
+alive, and times are those of the log. What is left is an estimate from cells that ended: those of the same data set,
+model and method, else of the same model and method, else of the model, else of the phase. Where no cell of a phase has
+ended, it is not known.
 Finished cells that lack something, such as another engine, are estimated by those that lacked something.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,7 +66,7 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
     status: dict[str, Any] = {
         "results_dir": str(store.root),
         "run": _told(owner, now) if is_run else None,
-        "died": _told(owner, now) if owner is not None and not is_run else None,
+        "died": _died(owner, now) if owner is not None and not is_run else None,
         "at_a_time": at_a_time,
         "phases": {},
         "running": [],
@@ -76,8 +80,10 @@ def study_status(config: Config, store: Store, now: datetime | None = None) -> d
             state, error = _state(cell, config, store, running)
             counts[state] += 1
             if state == "failed":
-                broken.add(cell.id)
-                because_of = cell.baseline_cell if cell.baseline_cell in broken else None
+                because_of = None
+                if not _is_done(cell, store):  # a finished one fails by itself, and nothing made from it fails with it
+                    broken.add(cell.id)
+                    because_of = cell.baseline_cell if cell.baseline_cell in broken else None
                 status["failed"].append({"cell": cell.id, "phase": phase, "error": error, "because_of": because_of})
             if state in ("done", "failed"):
                 continue
@@ -118,9 +124,11 @@ def analysis_inputs(config: Config, store: Store) -> str:
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in sorted((store.root / "cells").glob("*.json")):
-        digest.update(f"\n{path.name} ".encode() + hashlib.sha256(path.read_bytes()).digest())
+        with contextlib.suppress(FileNotFoundError):  # another run's --fresh has deleted it just now: not there
+            digest.update(f"\n{path.name} ".encode() + hashlib.sha256(path.read_bytes()).digest())
     for path in sorted((store.root / "predictions").glob("[!.]*.npz")):
-        digest.update(f"\n{path.name} {path.stat().st_size}".encode())
+        with contextlib.suppress(FileNotFoundError):
+            digest.update(f"\n{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
 
 
@@ -135,6 +143,8 @@ def _state(cell: Cell, config: Config, store: Store, running: Mapping[str, Owner
         record = store.record(cell.id)
         if record is not None and record["row"]["status"] == "failed":
             return "failed", record["row"]["error"]
+        if failures := complete.failures(cell, config, store):
+            return "failed", "; ".join(failure.told() for failure in failures)
         return ("to_do" if complete.missing(cell, config, store) else "done"), None
     except StoreError as error:  # a damaged record
         return "failed", str(error)
@@ -178,6 +188,20 @@ def _told(owner: Owner, now: datetime) -> dict[str, Any]:
         seconds = None
     told = {"host": owner.host, "pid": owner.pid, "since": owner.since, "command": owner.command, "seconds": seconds}
     return told
+
+
+def _died(owner: Owner, now: datetime) -> dict[str, Any]:
+    return {**_told(owner, now), "goes_on_with": _going_on(owner.command)}
+
+
+def _going_on(command: str | None) -> str | None:
+    """The command that goes on where this one was killed: without --fresh, which would clear what it has finished."""
+    try:
+        words = shlex.split(command or "")
+    except ValueError:  # not one that Owner wrote
+        return command
+    kept = [word for word in words if not (word.startswith("--f") and "--fresh".startswith(word))]  # as argparse does
+    return command if kept == words else shlex.join(kept)
 
 
 def _analysis(entries: list[dict], config: Config, store: Store) -> dict[str, Any]:
@@ -256,7 +280,7 @@ class Screen:
         else:
             yield Text(f"{status['results_dir']}: no run in progress")
         if status["died"] is not None:
-            yield Text(f"the last one was killed: {_of(status['died'])}; the same command goes on")
+            yield Text(f"the last one was killed: {_of(status['died'])}; {_how_to_go_on(status['died'])}")
         table = Table("phase", box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("cells", "done", "failed", "running", "to do", "time spent", "time left"):
             table.add_column(column, justify="right")
@@ -288,6 +312,11 @@ class Screen:
 
 def _of(run: Mapping[str, Any]) -> str:
     return f"process {run['pid']} on {run['host']} since {run['since']} ({run['command']})"
+
+
+def _how_to_go_on(died: Mapping[str, Any]) -> str:
+    again = died["goes_on_with"]
+    return "the same command goes on" if again == died["command"] else f"to go on, without --fresh: {again}"
 
 
 def _left(numbers: Mapping[str, Any]) -> str:

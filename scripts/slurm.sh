@@ -3,7 +3,7 @@
 #
 #     sbatch scripts/slurm.sh --config cluster.yaml --device cuda
 #
-# Arguments are main.py's. When the job's time is over, submit it again: finished cells are kept.
+# Arguments are main.py's. When the job's time is over, submit it again, without --fresh: finished cells are kept.
 #SBATCH --job-name=study
 #SBATCH --nodes=4 --ntasks-per-node=1 --exclusive
 #SBATCH --cpus-per-task=32 --gpus-per-node=4 --mem=0
@@ -46,21 +46,26 @@ for attempt in {1..30}; do
     sleep 5
 done
 
-study='' stopped=0
-trap 'stopped=1; [[ -z $study ]] || kill -TERM "$study"' TERM # five minutes before the end: it stops cleanly
-for attempt in 1 2; do
-    python main.py --phase all "$@" --set run.executor=ray run.address="$address" &
-    study=$!
+if ((${SLURM_RESTART_COUNT:-0})); then # Slurm has requeued the job: what it has computed before must not be cleared
+    for argument; do
+        shift
+        case $argument in
+            --f | --fr | --fre | --fres | --fresh) # main.py takes them all
+                echo "the job was requeued: it goes on with what is finished, without $argument" >&2 ;;
+            *) set -- "$@" "$argument" ;;
+        esac
+    done
+fi
+
+study=''
+trap '[[ -z $study ]] || kill -TERM "$study"' TERM # five minutes before the end: it stops cleanly
+# a job before this one that was killed holds the results folder for three minutes; once it has begun, it is run once
+python main.py --phase all --wait 200 "$@" --set run.executor=ray run.address="$address" &
+study=$!
+status=0
+wait "$study" || status=$?
+if kill -0 "$study" 2> /dev/null; then # the signal has ended the wait
     status=0
     wait "$study" || status=$?
-    if kill -0 "$study" 2> /dev/null; then # the signal has ended the wait
-        status=0
-        wait "$study" || status=$?
-    fi
-    ((status == 2 && attempt == 1 && !stopped)) || break
-    echo "once more in 200 seconds: a job before this one that was killed holds the results folder for three minutes" >&2
-    study=''
-    sleep 200 &
-    wait $! || break # the signal
-done
+fi
 exit "$status"

@@ -185,6 +185,14 @@ def study(data, results, *overrides, phase="all") -> int:
     return main.main(["--phase", phase, *arguments, *sets])
 
 
+def ask(data, results, capsys, *arguments, status=0) -> str:
+    """What the command line tells."""
+    capsys.readouterr()
+    command = ["--config", str(data / "study.yaml"), "--results-dir", str(results), "--device", "cpu", "--quiet"]
+    assert main.main([*command, *arguments]) == status
+    return capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def finished(data):
     """A study that was not measured elsewhere at first, and then was: three cells."""
@@ -338,9 +346,44 @@ def test_a_failure_elsewhere_is_told_and_the_cell_is_kept(data, copied, finished
     assert table.loc[cell, "status"] == "failed" and np.isnan(table.loc[cell, "accuracy"])
     rows = pd.read_csv(copied / "quantization_results.csv").set_index("cell")
     assert rows.loc[cell, "status"] == "done" and rows.loc[cell, "accuracy"] > 0
+    error = f"failed: {cell}: evaluation failed: utkface: RuntimeError: out of luck"
+    assert error in ask(data, copied, capsys, "--status").splitlines()
+    other = cells_of(data)[1].id  # which is to do
+    (copied / "predictions" / f"{other}@utkface.npz").unlink()
+    before = stamps(copied, "cells/*")
+    again = ("--phase", "quantization", "--retry-failed")
+    told = ask(data, copied, capsys, *again, status=1)
+    assert f"evaluation failed: {cell}: utkface: RuntimeError: out of luck" in told and other not in told
     monkeypatch.undo()
+    ask(data, copied, capsys, *again)
+    assert {name for name, stamp in stamps(copied, "cells/*").items() if stamp != before[name]} == {f"{cell}.json"}
+    assert "failed: " not in ask(data, copied, capsys, "--status")
+    assert "no cell of these phases has failed" in ask(data, copied, capsys, *again)
     assert study(data, copied, phase="quantization") == 0
     assert (copied / "cross_dataset.csv").read_text() == (finished / "cross_dataset.csv").read_text()
+
+
+def test_a_model_that_cannot_be_made_again_has_failed_elsewhere(data, copied, monkeypatch, capsys):
+    """Before anything is measured there: its record has why, for the set that it lacks alone."""
+    cell = cells_of(data)[2].id
+    (copied / "predictions" / f"{cell}@utkface.npz").unlink()
+    before = json.loads((copied / "cells" / f"{cell}.json").read_text())
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("another machine")
+
+    monkeypatch.setattr("phases.derived.apply_quantization", broken)
+    told = ask(data, copied, capsys, "--phase", "quantization", status=1)
+    assert f"evaluation failed: {cell}: utkface: RuntimeError: another machine" in told
+    told = ask(data, copied, capsys, "--status")
+    assert f"failed: {cell}: evaluation failed: utkface: RuntimeError: another machine" in told
+    after = json.loads((copied / "cells" / f"{cell}.json").read_text())
+    (row,) = after["extra"].pop("cross_dataset")
+    assert (row["status"], row["error"]) == ("failed", "RuntimeError: another machine")
+    assert after["extra"].pop("cross_dataset_groups") == []
+    for key in ("cross_dataset", "cross_dataset_groups"):
+        before["extra"].pop(key)
+    assert after == before
 
 
 def test_data_that_are_not_there_are_refused_before_anything_is_trained(data, tmp_path, capsys):

@@ -609,12 +609,21 @@ def test_an_engine_that_fails_leaves_the_cell_done_and_is_tried_again(
     before = stamps(results, "checkpoints") | {
         path: stamp for path, stamp in stamps(results, "cells", "predictions").items() if cell not in path.name
     }
+    # the status and a retry see what the exit status does
+    assert study(config, results, "--status", phases=("quantization",)) == 0
+    assert f"failed: {cell}: deployment failed: onnxruntime: it has no kernel\n" in capsys.readouterr().out
+    assert study(config, results, "--retry-failed") == 1
+    assert f"deployment failed: {cell}: onnxruntime: it has no kernel\n" in capsys.readouterr().out
+    assert not changed(before)
     # deselecting it ends the complaint, selecting it again the failure
     assert study(config, results, "--set", "deployment.cells=['*:none']", phases=("quantization",)) == 0
     monkeypatch.undo()
-    assert study(config, results) == 0
+    assert study(config, results, "--retry-failed") == 0
     assert not changed(before)
     assert_same(results, reference)
+    capsys.readouterr()
+    assert study(config, results, "--retry-failed") == 0
+    assert "no cell of these phases has failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", ["engine", "export", "model"])

@@ -14,6 +14,7 @@ import main
 from config import load_config
 from datasets import BatchLoader, load_dataset
 from fairness_losses import Groups
+from phases import diagnose
 from plan import plan
 from quantization import apply_quantization
 from quantizers.numerics import QuantizationWarning
@@ -172,9 +173,58 @@ def test_a_diagnosis_that_fails_leaves_the_cell_as_it_is(finished, monkeypatch, 
 
     monkeypatch.setattr("phases.derived.apply_quantization", fail)
     sets = ("--set", "mitigation.diagnostics={cells: '*:fair_bias_correction', samples: 50}")
-    study(config, results, "--phase", "mitigation", *sets)
-    assert "what it lacks could not be added: RuntimeError: another machine" in capsys.readouterr().out
-    assert record(results, cell.id) == before
+    assert study(config, results, "--phase", "mitigation", *sets) == 1
+    told = capsys.readouterr().out
+    assert "what it lacks could not be added: RuntimeError: another machine" in told
+    assert f"diagnostics failed: {cell.id}: RuntimeError: another machine" in told and "; 1 diagnostics failed" in told
+    after = record(results, cell.id)
+    assert after["extra"].pop("diagnostics_failure")["error"] == "RuntimeError: another machine"
+    assert after == before
+
+
+def test_diagnostics_that_failed_are_retried_and_nothing_else(finished, monkeypatch, capsys):
+    """Of two cells one fails; a third is asked for later: it is to do, and not retried."""
+    config, results = finished
+    (failing,), (other,) = (cells_of(config, name) for name in ("bias_aware_calibration", "group_weighted_observers"))
+    (later,) = cells_of(config, "output_calibration")
+    stamp = lambda cell: (results / "cells" / f"{cell.id}.json").stat().st_mtime_ns  # noqa: E731
+
+    def diagnosing(*cells: str) -> tuple[str, str]:
+        patterns = ", ".join(f"'*:{cell.strategy}'" for cell in cells)
+        return ("--set", f"mitigation.diagnostics={{cells: [{patterns}], samples: 50, hessian_samples: 2}}")
+
+    def status(*arguments: str) -> dict:
+        capsys.readouterr()
+        assert study(config, results, "--status", "--json", *arguments) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def fails(fp32, quantized, cell, *more):
+        if cell.id == failing.id:
+            raise RuntimeError("no slopes")
+        return measured(fp32, quantized, cell, *more)
+
+    measured = diagnose._measured
+    monkeypatch.setattr(diagnose, "_measured", fails)
+    assert study(config, results, "--phase", "mitigation", *diagnosing(failing, other)) == 1
+    assert f"diagnostics failed: {failing.id}: RuntimeError: no slopes" in capsys.readouterr().out
+    told = status(*diagnosing(failing, other, later))
+    assert [(each["cell"], each["error"], each["because_of"]) for each in told["failed"]] == [
+        (failing.id, "diagnostics failed: RuntimeError: no slopes", None)
+    ]
+    assert (told["phases"]["mitigation"]["failed"], told["phases"]["mitigation"]["to_do"]) == (1, 1)
+    before = {cell.id: stamp(cell) for cell in (failing, other, later)}
+    again = ("--phase", "mitigation", "--retry-failed", *diagnosing(failing, other, later))
+    assert study(config, results, *again) == 1
+    monkeypatch.setattr(diagnose, "_measured", measured)
+    assert study(config, results, *again) == 0
+    assert [cell.id for cell in (failing, other, later) if stamp(cell) != before[cell.id]] == [failing.id]
+    told = status(*diagnosing(failing, other, later))
+    assert told["failed"] == [] and told["phases"]["mitigation"]["to_do"] == 1
+    capsys.readouterr()
+    assert study(config, results, *again) == 0
+    assert "no cell of these phases has failed" in capsys.readouterr().out
+    assert failing.id in set(pd.read_csv(results / "diagnostics.csv")["cell"])
+    assert record(results, failing.id)["extra"]["diagnostics_failure"] is None  # other settings do not bring it back
 
 
 def test_groups_are_counted_on_the_whole_training_split(tmp_path):

@@ -128,6 +128,47 @@ def test_a_worker_that_outlives_its_run_has_to_end_first(config, tmp_path, capsy
     assert run_here(config, results) == 0
 
 
+def test_a_run_may_wait_for_another_one(config, tmp_path, capsys, hurried, monkeypatch):
+    """Once it is let in it does all that it was to do, --fresh too; nothing before."""
+    monkeypatch.setattr(run_lock, "POLL", 0.01)
+    results, go = tmp_path / "results", tmp_path / "go"
+
+    def waits(cell, computed, store):
+        while computed == 3 and not go.exists():
+            time.sleep(0.005)
+
+    first = fork_run(tmp_path / "first", config, results, event=waits)
+    first.wait_for((results / "running" / f"{cells_of(config)[3]}.json").exists)
+    second = fork_run(tmp_path / "second", config, results, "--fresh", "--wait", "60")
+    err = tmp_path / "second" / "err"
+    second.wait_for(lambda: err.exists() and "waiting for 60 seconds at most: " in err.read_text())
+    before = contents(results)
+    time.sleep(0.3)
+    assert contents(results) == before and f"process {first.pid} on" in second.err
+    go.touch()
+    assert first.wait() == 0 and second.wait() == 0, second.err
+    assert second.err.count("\n") == 1 and second.out.count("accuracy") == len(cells_of(config))
+
+
+def test_a_run_waits_no_longer_than_it_is_told(config, tmp_path, capsys, hurried, monkeypatch):
+    monkeypatch.setattr(run_lock, "POLL", 0.01)
+    with only_run(Store(tmp_path / "results")):
+        start = time.monotonic()
+        capsys.readouterr()
+        assert run_here(config, tmp_path / "results", "--wait", "0.4") == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert 0.4 <= time.monotonic() - start < 5
+        assert lines[0].startswith("waiting for 0 seconds at most: ") and lines[1].startswith("error: ")
+        assert len(lines) == 2
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "soon"])
+def test_a_time_to_wait_is_seconds(text, config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_here(config, tmp_path / "results", f"--wait={text}")
+    assert stop.value.code == 2 and f"--wait: '{text}' is not a number of seconds" in capsys.readouterr().err
+
+
 def test_a_worker_that_ends_leaves_the_lock_to_its_run(tmp_path, hurried):
     with only_run(Store(tmp_path)):
         worker = multiprocessing.get_context("fork").Process(target=gc.collect)

@@ -3,7 +3,11 @@
 
 import dataclasses
 import json
+import math
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cheap_run import run_here, write_config
+from cheap_run import command, fork, run_here, write_config
 from fake_study import small_config, write_study
 
 import main
@@ -185,6 +189,47 @@ def test_a_run_that_was_killed_is_told_of(half, tmp_path, capsys):
     assert lines[1].endswith("(python main.py --phase all); the same command goes on")
 
 
+@pytest.mark.parametrize("spelt", ["--fresh", "--fre"])
+def test_a_fresh_run_that_was_killed_goes_on_without_clearing_again(spelt, tmp_path, capsys):
+    """Killed in its third cell; the command that is told keeps the two finished ones."""
+    config, results = write_config(tmp_path, seeds=1), tmp_path / "a folder"
+    assert run_here(config, results) == 0
+    names = [cell.id for cell in plan(main.load_config(config))["baseline"]]
+
+    def run() -> int:
+        sys.argv = ["main.py", *command(config, results, spelt)]  # what the lock tells of the command
+        return run_here(config, results, spelt, event=lambda cell, computed, store: stops(computed))
+
+    def stops(computed: int) -> None:
+        if computed == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = fork(tmp_path / "killed", run)
+    assert child.wait() == -signal.SIGKILL
+    finished = {name: Store(results).record_path(name).stat().st_mtime_ns for name in names[:2]}
+    capsys.readouterr()
+    assert main.main(["--status", "--config", str(config), "--results-dir", str(results)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    told, _, again = line.partition("; to go on, without --fresh: ")
+    assert told.endswith(f"{spelt})") and "the same command" not in line
+    words = shlex.split(again)
+    assert words == ["python", "main.py", *command(config, results)]
+    assert main.main(["--status", "--json", "--config", str(config), "--results-dir", str(results)]) == 0
+    assert json.loads(capsys.readouterr().out)["died"]["goes_on_with"] == again
+    assert run_here(config, results) == 0
+    assert {name: Store(results).record_path(name).stat().st_mtime_ns for name in names[:2]} == finished
+    assert Store(results).is_done(names[2])
+
+
+@pytest.mark.parametrize("command", [None, "python main.py 'torn", "python main.py --set results_dir=--fresh"])
+def test_another_command_goes_on_as_it_is(command, half, capsys):
+    dead = dataclasses.replace(Owner.this_process(), birth="another-boot:1", command=command)
+    (half[0].root / ".lock.json").write_text(json.dumps(dataclasses.asdict(dead)))
+    assert study_status(CONFIG, half[0], NOW)["died"]["goes_on_with"] == command
+    assert main.main(["--status", "--results-dir", str(half[0].root)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("; the same command goes on")
+
+
 def test_what_failed_with_its_baseline_is_counted_and_not_listed(tmp_path, capsys):
     cells = plan(CONFIG)
     (baseline,) = (c.id for c in cells["baseline"] if (c.model, c.seed) == ("resnet50", 0))
@@ -196,6 +241,56 @@ def test_what_failed_with_its_baseline_is_counted_and_not_listed(tmp_path, capsy
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
     assert len(made) > 2 and len(told) == 1
     assert told[0].startswith(f"failed: {baseline} (and {len(made)} cells made from it): RuntimeError: ")
+
+
+def failing(store: Store, cell: str, **extra) -> None:
+    record = store.record(cell)
+    store.write_cell(record["row"], record["groups"], {**record["extra"], **extra})
+
+
+def test_what_a_finished_cell_lacks_because_it_failed_is_a_failure(half):
+    """By engine; with other settings, or not asked for, it has not failed."""
+    store, cell = half
+    name, baseline = cell["mobilenet_v2", 0, 8], cell["mobilenet_v2", 0]
+    asked = ("deployment.cells=['*:*:8', '*:none']", "mitigation.diagnostics.cells='*:*:8'")
+    config = small_config(*asked, "deployment.export=[]", seeds=(0, 1))
+    (quantized,) = (c for c in plan(config)["quantization"] if c.id == name)
+    lacking = study_status(config, store, NOW)
+    assert len(lacking["failed"]) == 1 and name not in str(lacking["failed"])  # nobody has tried
+    rows = [{"engine": engine, "status": "failed", "error": f"no {engine}"} for engine in ("onnxruntime", "openvino")]
+    settings = complete.deployment_settings(config)
+    failing(
+        store, name, deployment=rows, deployment_settings=settings,
+        diagnostics_failure={"settings": complete.diagnosis_settings(quantized, config), "error": "no slopes"},
+    )  # fmt: skip
+    failing(store, baseline, deployment=rows[:1], deployment_settings=settings)
+    status = study_status(config, store, NOW)
+    told = {each["cell"]: each for each in status["failed"]}
+    error = "deployment failed: onnxruntime: no onnxruntime; diagnostics failed: no slopes"
+    assert told[name] == {"cell": name, "phase": "quantization", "error": error, "because_of": None}
+    assert told[baseline]["error"] == "deployment failed: onnxruntime: no onnxruntime" and len(told) == 3
+    before, after = (each["phases"]["quantization"] for each in (lacking, status))
+    assert (after["failed"], after["to_do"]) == (before["failed"] + 1, before["to_do"] - 1)
+    assert sum(after[key] for key in ("done", "failed", "running", "to_do")) == after["cells"]
+
+    def errors(*overrides: str) -> list[str]:
+        other = small_config(*asked, "deployment.export=[]", *overrides, seeds=(0, 1))
+        return [each["error"] for each in study_status(other, store, NOW)["failed"] if each["cell"] == name]
+
+    assert errors("deployment.provider=cuda") == ["diagnostics failed: no slopes"]
+    assert errors("mitigation.diagnostics.samples=7") == ["deployment failed: onnxruntime: no onnxruntime"]
+    assert errors("deployment.provider=cuda", "mitigation.diagnostics.samples=7") == []
+    assert errors("deployment.cells=[]", "mitigation.diagnostics.cells=[]") == []
+
+
+def test_a_cell_does_not_fail_because_its_baseline_could_not_be_deployed(half):
+    store, cell = half
+    config = small_config("deployment.cells='*:none'", "deployment.export=[]", seeds=(0, 1))
+    rows = [{"engine": "onnxruntime", "status": "failed", "error": "no kernel"}]
+    failing(store, cell["resnet50", 0], deployment=rows, deployment_settings=complete.deployment_settings(config))
+    told = {each["cell"]: each for each in study_status(config, store, NOW)["failed"]}
+    assert told.keys() == {cell["resnet50", 0], cell["resnet50", 0, 4]}
+    assert [each["because_of"] for each in told.values()] == [None, None]
 
 
 def test_a_damaged_record_is_named_with_what_to_do(half):
@@ -245,6 +340,58 @@ def test_a_cut_off_model_file_is_something_to_do(half):
         if content is not None:
             store.model_path(name).write_bytes(content)
         assert complete.missing(found, config, store) == what
+
+
+def test_what_another_run_clears_meanwhile_is_not_there(tmp_path, monkeypatch):
+    """--fresh comes before each look at a file in turn: also between the one that finds it and that which reads it."""
+    config = small_config("deployment.cells=[]", "deployment.export=['*:*:8']", models=("resnet50",))
+    whole, planned = write_study(tmp_path / "whole", config, n=40)
+    names = [cell.id for cells in planned.values() for cell in cells]
+    for name in names:
+        failing(whole, name, model_bytes=5)
+        whole.model_path(name).write_bytes(b"12345")
+    whole.analysis.mkdir()
+    (whole.analysis / "summary.md").write_text("")
+    entry = {"phase": "analysis", "status": "done", "seconds": 12.0, "inputs": analysis_inputs(config, whole)}
+    RunLog(whole).record(entry)
+    to_go = math.inf  # looks until --fresh comes
+    store = whole
+
+    def looking(look):
+        def looks(path, *arguments, **options):
+            nonlocal to_go
+            to_go -= 1
+            if to_go == 0:
+                store.clear(names)
+            return look(path, *arguments, **options)
+
+        return looks
+
+    def asks(store: Store) -> None:
+        """What --status and --dry-run do."""
+        status = study_status(config, store, NOW)
+        states.add(status["analysis"]["state"])
+        for numbers in status["phases"].values():
+            assert sum(numbers[key] for key in ("done", "failed", "running", "to_do")) == numbers["cells"]
+        assert status["failed"] == []
+        for cells in planned.values():
+            for cell in cells:
+                complete.missing(cell, config, store)
+
+    states: set[str] = set()
+    monkeypatch.setattr(Path, "stat", looking(Path.stat))
+    monkeypatch.setattr(Path, "open", looking(Path.open))
+    to_go = looks = 10_000
+    asks(whole)
+    looks -= to_go
+    assert looks > 10 * len(names) and states == {UP_TO_DATE}
+    for moment in range(1, looks + 1):
+        to_go = math.inf
+        store = Store(shutil.copytree(whole.root, tmp_path / str(moment)))
+        to_go = moment
+        asks(store)
+        assert to_go <= 0 and not list(store.root.glob("cells/*"))
+    assert states == {UP_TO_DATE, OUT_OF_DATE}
 
 
 def test_a_finished_cell_that_lacks_its_file_is_expected_to_take_what_such_cells_took(half):
