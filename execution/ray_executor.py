@@ -229,14 +229,13 @@ class Ray:
             if of.attempts <= self.settings.retries:
                 return None
             why = died(of.why_lost(), of.attempts)
-            return lost_outcome(of.cell, why, of.clock.start, worker=of.worker, trace=of.trace)
+            return of.lost_outcome(why)
         if isinstance(result, Exception):
             raise result
         return result
 
     def _timed_out(self, of: _RayCell) -> Outcome:
-        why = timed_out(self.settings.cell_timeout)
-        return lost_outcome(of.cell, why, of.clock.start, worker=of.worker, trace=of.trace)
+        return of.lost_outcome(timed_out(self.settings.cell_timeout))
 
 
 @contextlib.contextmanager
@@ -256,7 +255,7 @@ class _RayCell:
 
     cell: Cell
     clock: Clock = field(default_factory=Clock)
-    worker: str = "not started"
+    worker: str | None = None  # not known before it has started
     has_started: bool = False
     attempts: int = 0  # that were lost
     how: str = ""  # what Ray calls it
@@ -266,16 +265,22 @@ class _RayCell:
     trace: str | None = None
 
     def why_lost(self) -> str:
-        return self.reason or f"its worker {self.worker} died ({self.how})"
+        return self.reason or f"its worker{f' {self.worker}' if self.worker else ''} died ({self.how})"
 
     def lost_attempt(self) -> dict:
+        return lost_attempt(self.cell, self.why_lost(), **self._known())
+
+    def lost_outcome(self, error: Exception) -> Outcome:
+        return lost_outcome(self.cell, error, **self._known())
+
+    def _known(self) -> dict:
         """What the log says of it; while a cell waits for a place no time is spent on it."""
         if not self.has_started:
-            return lost_attempt(self.cell, self.why_lost(), None)
-        return lost_attempt(self.cell, self.why_lost(), self.clock.start, worker=self.worker, trace=self.trace)
+            return {"start": None}
+        return {"start": self.clock.start, "paused": self.clock.pause, "worker": self.worker, "trace": self.trace}
 
     def submitted_again(self) -> None:
-        self.clock, self.worker, self.has_started = Clock(), "not started", False
+        self.clock, self.worker, self.has_started = Clock(), None, False
         self.reason = self.trace = None
 
 

@@ -34,7 +34,7 @@ except ImportError:
 import image_cache
 import main
 from config import ConfigError, load_config
-from execution import cells, executors, ray_executor
+from execution import cells, executors, quiet, ray_executor
 from execution.cells import (
     CellResult,
     Job,
@@ -255,7 +255,26 @@ def use_all_memory(report):
         resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
+def stand_still(report):
+    """As a cell does that waits for another one's data or measurement; and then long enough to be heard on Ray."""
+    with quiet.off_the_clock():
+        time.sleep(4)
+    time.sleep(2)
+
+
+def stand_still_and_die(report):
+    stand_still(report)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stand_still_and_sleep(report):
+    stand_still(report)
+    time.sleep(600)
+
+
 DEEDS = {
+    "still-dies": stand_still_and_die,
+    "still-late": stand_still_and_sleep,
     "nothing": lambda report: report.line("the data are odd"),
     "die": lambda report: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda report: os.kill(os.getpid(), signal.SIGSTOP),
@@ -444,6 +463,33 @@ def test_data_that_take_longer_to_decode_than_a_cell_may_take_make_no_cell_late(
     one, late = report.log.entries["one"], report.log.entries["late"]
     assert one["end"] - one["start"] >= 5 and one["seconds"] < 4  # by which the time that is left is reckoned
     assert late["end"] - late["start"] >= 9
+
+
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_the_seconds_of_a_cell_that_was_lost_or_late_are_its_own(tmp_path, request, executor):
+    """Not those for which it stood still: by them the time that is spent is reckoned."""
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    settings = [f"run.executor={executor}", "run.jobs=2", "run.threads_per_cell=1", "run.cell_timeout=4"]
+    store, report = Store(tmp_path), Report(quiet=True)
+    store.prepare("")
+    report.log = Log()
+    todo = [made_up("dies", do="still-dies"), made_up("late", do="still-late")]
+    run_cells("quantization", todo, faulty, load_config(None, settings), store, report)
+    entries = [*report.log.lost["dies"], report.log.entries["dies"], report.log.entries["late"]]
+    assert [entry["status"] for entry in entries] == ["lost", "failed", "failed"]
+    for entry in entries:
+        assert entry["end"] - entry["start"] - entry["seconds"] == pytest.approx(4, abs=0.5)
+        assert 1 < entry["seconds"] < (4 if "dies" in entry["cell"] else 4 + ray_executor.HEARD_SECONDS + 2)
+
+
+def test_no_time_is_spent_on_an_attempt_that_never_began():
+    """However long it had waited in a queue; nor is a worker known."""
+    of = ray_executor._RayCell(made_up("a"))
+    of.clock.start -= 7200
+    for entry in (of.lost_attempt(), of.lost_outcome(executors.WorkerDied("it died")).log):
+        assert entry["seconds"] == 0 and entry["worker"] is None
+        assert entry["start"] == entry["end"] == pytest.approx(time.time(), abs=60)
 
 
 def waiting(config, store, device, data=None):
