@@ -224,6 +224,13 @@ def raise_poison(error: BaseException) -> None:
         raise error
 
 
+def unmark(job: Job, cell: Cell) -> None:
+    """Of a lost worker, perhaps on another machine, which cannot be asked whether it is alive: until the cell is
+    computed again it would seem to be running."""
+    with contextlib.suppress(StoreError):  # the folder is gone: whoever writes to it says so
+        Store(job.results_dir).unmark(cell.id)
+
+
 # ----------------------------------------------------------------------------------------------------------- in workers
 
 

@@ -254,7 +254,7 @@ class Processes:
 
     def _lost(self, worker: _Worker, todo: list[Cell], attempts: Counter, report: Any) -> Ended | None:
         """A worker died: its cell is tried again on another one, or has failed."""
-        cell, how = worker.cell, worker.how_it_ended()
+        cell, job, how = worker.cell, worker.job, worker.how_it_ended()
         has_started, reason = worker.has_started, worker.reason
         worker.clock.add_pause(worker.paused_seconds())
         start, known = worker.clock.start, {"paused": worker.clock.pause, "trace": worker.trace}
@@ -267,6 +267,7 @@ class Processes:
         attempts[cell.id] += 1
         why = reason or f"its worker was {how}"
         if attempts[cell.id] <= self.settings.retries:
+            cell_work.unmark(job, cell)
             report.lost(lost_attempt(cell, why, start, **known))
             todo.insert(0, cell)
             return None

@@ -102,6 +102,7 @@ class Ray:
                     of = running.pop(ref)
                     outcome = self._outcome(ref, of)
                     if outcome is None:
+                        cell_work.unmark(job, of.cell)
                         report.lost(of.lost_attempt())
                         of.submitted_again()
                         running[task.remote(shared, of.cell, self.events, of.attempts)] = of

@@ -728,6 +728,45 @@ def test_the_mark_of_a_lost_worker_goes_with_its_cell(tmp_path):
     assert store.record("dies")["row"]["status"] == "failed" and store.marked() == []
 
 
+def test_a_cell_whose_worker_was_killed_is_not_marked_while_another_one_is_started(tmp_path, monkeypatch):
+    marked, real = [], executors._Worker
+
+    def start(threads, visible):
+        marked.append([cell for cell, _ in store.marked()])
+        return real(threads, visible)
+
+    monkeypatch.setattr(executors, "_Worker", start)
+    store = Store(tmp_path)
+    store.prepare("")
+    config = load_config(None, ["run.executor=processes"])
+    run_cells("quantization", [made_up("a", do="die", times=1)], faulty, config, store, Report(quiet=True))
+    assert marked == [[], []] and store.record("a")["row"]["status"] == "done"
+
+
+def dying_and_looking(config, store, device, data=None):
+    """The first attempt of `dies` is killed; another cell notes for whom there is a mark while it is computed."""
+    again = faulty(config, store, device)
+
+    def compute(cell: Cell, report) -> CellResult:
+        if cell.id == "looks":
+            time.sleep(3)
+            (store.root / "seen").write_text(" ".join(name for name, _ in store.marked()))
+        return again(cell, report)
+
+    return compute
+
+
+def test_a_cell_that_waits_on_ray_again_is_not_marked(tmp_path, local_ray):
+    """It may wait for hours, and --status would call it running where its worker was on another machine."""
+    config = load_config(None, ["run.executor=ray", "run.threads_per_cell=2"])  # one at a time
+    store = Store(tmp_path)
+    store.prepare("")
+    todo = [made_up("dies", do="die", times=1), made_up("looks", do="nothing")]
+    run_cells("quantization", todo, dying_and_looking, config, store, Report(quiet=True))
+    assert (tmp_path / "seen").read_text() == "looks"
+    assert len((tmp_path / "dies.attempts").read_text().split()) == 2
+
+
 def test_what_no_cell_can_help_ends_the_run_and_not_in_a_thousand_rows(tmp_path):
     config = load_config(None, ["run.executor=processes", "run.jobs=1"])
     store = Store(tmp_path)
