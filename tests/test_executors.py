@@ -629,6 +629,124 @@ def test_a_cell_on_ray_whose_beginning_was_not_heard_is_late_all_the_same(tmp_pa
     assert log.entries["late"]["seconds"] > ray_executor.STARTED_SECONDS  # all of them
 
 
+def begin_badly() -> None:
+    """This module is imported by a worker of Ray that is given a cell of it: as many of them as the environment says do
+    not get further; the first after another cell has begun."""
+    folder, how, times, is_first_fine = json.loads(os.environ["BNQ_TEST_BEGIN"])
+    number = 1
+    while True:
+        try:
+            with (Path(folder) / f"worker{number}").open("x") as file:
+                file.write(str(os.getpid()))
+            break
+        except FileExistsError:
+            number += 1
+    if is_first_fine:
+        number -= 1
+        if number:
+            while not list(Path(folder).glob("*.attempts")):
+                time.sleep(0.05)
+    if 0 < number <= times and how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if 0 < number <= times:
+        raise MemoryError("no room for torch")
+
+
+if "BNQ_TEST_BEGIN" in os.environ:
+    begin_badly()
+
+
+def on_ray_badly(folder: Path, how: str, times: int, is_first_fine: bool = False) -> tuple[Store, Log, list[Cell]]:
+    """Two cells on Ray, whose first workers do not get as far as a cell."""
+    config = load_config(None, ["run.executor=ray", "run.threads_per_cell=1", "run.retries=0"])
+    store, report = Store(folder), Report(quiet=True)
+    store.prepare("")
+    report.executor, report.log = open_executor(config, "cpu"), Log()
+    environment = json.dumps([str(folder), how, times, is_first_fine])
+    report.executor.environment["env_vars"]["BNQ_TEST_BEGIN"] = environment
+    todo = [made_up("one", do="compute"), made_up("two", do="compute")]
+    try:
+        run_cells("quantization", todo, faulty, config, store, report)
+    finally:
+        report.close()
+    return store, report.log, todo
+
+
+@pytest.mark.parametrize("how", ["is killed", "raises"])
+def test_what_ends_before_its_cell_began_on_ray_is_no_attempt(how, tmp_path, local_ray, monkeypatch, capsys):
+    """Such as for want of memory, while it imported torch. Without retries; the other cell goes on meanwhile."""
+    monkeypatch.setattr(executors, "START_PAUSE", 4.0)
+    store, log, todo = on_ray_badly(tmp_path, how, 1, is_first_fine=True)
+    assert [store.record(cell.id)["row"]["status"] for cell in todo] == ["done", "done"] and log.lost == {}
+    assert len(list(tmp_path.glob("worker*"))) >= 2
+    last = max(path.stat().st_mtime for path in tmp_path.glob("*.attempts"))
+    assert min(store.record_path(cell.id).stat().st_mtime for cell in todo) < last - 1  # written within the pause
+    out = capsys.readouterr().out
+    assert out.count("Ray: a cell was not begun: its worker") == 1 and "; tried again in 4 s" in out
+    assert ("MemoryError: no room for torch" in out) == (how == "raises")
+
+
+@pytest.mark.parametrize("how", ["is killed", "raises"])
+def test_workers_of_ray_that_fail_at_first_are_not_the_end_of_the_run(how, tmp_path, local_ray, monkeypatch):
+    monkeypatch.setattr(executors, "START_PAUSE", 0.1)
+    store, log, todo = on_ray_badly(tmp_path, how, 3)
+    assert [store.record(cell.id)["row"]["status"] for cell in todo] == ["done", "done"] and log.lost == {}
+    pids = [path.read_text() for path in tmp_path.glob("worker*")]
+    assert len(pids) > 3 and len(set(pids)) == len(pids)  # none of them tried to import it a second time
+
+
+@pytest.mark.parametrize("how", ["is killed", "raises"])
+def test_workers_of_ray_that_never_begin_end_the_run(how, tmp_path, local_ray, monkeypatch):
+    monkeypatch.setattr(executors, "START_PAUSE", 0.01)
+    monkeypatch.setattr(executors, "FAILED_STARTS", 3 if how == "is killed" else 1000)
+    monkeypatch.setattr(ray_executor, "RAISED_STARTS", 3 if how == "raises" else 1000)
+    why = "died" if how == "is killed" else "could not begin: MemoryError: no room for torch"
+    with pytest.raises(ConfigError, match=rf"no cell can be begun: its worker.* {why}.* again to go on$"):
+        on_ray_badly(tmp_path, how, 1000)
+    assert not list((tmp_path / "cells").iterdir()) and len(list(tmp_path.glob("worker*"))) >= 3
+
+
+def cannot_be_opened(config, store, device, data=None):
+    """Our own mistake: a worker reaches the cell, and not its computation."""
+    with (store.root / "opened").open("a") as file:
+        file.write("x\n")
+    raise ValueError("not made for this")
+
+
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_a_worker_that_raises_is_one_that_died(executor, tmp_path, request):
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    config = load_config(None, [f"run.executor={executor}", "run.threads_per_cell=1"])
+    store = Store(tmp_path)
+    store.prepare("")
+    run_cells("quantization", [made_up("a")], cannot_be_opened, config, store, Report(quiet=True))
+    row = store.record("a")["row"]
+    assert row["status"] == "failed" and "the last of 2 attempts" in row["error"]
+    assert ("ValueError: not made for this" in row["error"]) == (executor == "ray")
+    assert (tmp_path / "opened").read_text().count("x") == 2
+
+
+def test_a_worker_of_ray_that_cannot_import_its_task_is_one_line(tmp_path, local_ray, monkeypatch):
+    """A node on which a package is missing. Ray itself raises then, in the task's place."""
+    monkeypatch.setattr(executors, "START_PAUSE", 0.01)
+    monkeypatch.setattr(ray_executor, "RAISED_STARTS", 3)
+    monkeypatch.setattr(ray_executor, "_ray_cell", faulty)  # of this module, which is not found there
+    config, report = load_config(None, ["run.executor=ray"]), Report(quiet=True)
+    store = Store(tmp_path)
+    store.prepare("")
+    report.executor = open_executor(config, "cpu")
+    report.executor.environment["env_vars"]["PYTHONPATH"] = "/nowhere"
+    try:
+        with pytest.raises(
+            ConfigError, match=r"no cell can be begun: .*named 'test_executors'.* again to go on$"
+        ) as told:
+            run_cells("quantization", [made_up("a", do="nothing")], faulty, config, store, report)
+    finally:
+        report.close()
+    assert "\n" not in str(told.value) and report.executor is None
+
+
 def test_what_else_ray_may_raise_is_one_line(tmp_path, local_ray, monkeypatch):
     import ray
 
