@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -216,9 +218,36 @@ def _write(cell: Cell, outcome: Outcome, config: Config, store: Store, report: R
     if outcome.lost is not None and keep is not None and store.is_done(cell.id):
         view = CellReport(lambda kind, *values: report.told(cell.id, kind, *values))
         outcome.row, outcome.groups, outcome.extra = as_record(cell, keep(cell, outcome.lost, view, config, store))
-    store.write_cell(outcome.row, outcome.groups, outcome.extra)
-    store.unmark(cell.id)  # of a worker that was killed, perhaps on another machine
-    if report.log is not None:
-        report.log.record(outcome.log)
+    with _uninterrupted():
+        if report.log is not None:
+            report.log.record(outcome.log)  # before the record: see run_log.py
+        store.write_cell(outcome.row, outcome.groups, outcome.extra)
+        store.unmark(cell.id)  # of a worker that was killed, perhaps on another machine
     if report.tracker is not None:
         report.tracker.log(cell, outcome.row, outcome.extra)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A Ctrl-C or SIGTERM is heard when it is over; a second one at once, of somebody for whom it takes too long."""
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    heard: list[int] = []
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}  # not the system's own
+
+    def note(number: int, frame: Any) -> None:
+        heard.append(number)
+        if len(heard) > 1:
+            handlers[number](number, frame)
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if len(heard) == 1:
+        handlers[heard[0]](heard[0], None)

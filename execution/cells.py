@@ -82,7 +82,7 @@ class Outcome:
     row: dict
     groups: list[dict]
     extra: dict
-    log: dict  # cell, status, start, end (seconds since 1970), seconds, peak_memory_mb, worker, error, traceback
+    log: dict  # cell, phase, status, start, end (seconds since 1970), seconds, peak_memory_mb, worker, error, traceback
     lost: Exception | None = None  # its worker was, with what it had computed
 
 
@@ -185,6 +185,7 @@ def log_entry(
     """`paused` of the seconds were not the cell's own, see quiet.off_the_clock."""
     return {
         "cell": cell.id,
+        "phase": cell.phase,
         "status": row["status"],
         "start": start,
         "end": start + seconds,

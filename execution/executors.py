@@ -121,8 +121,7 @@ def lost_attempt(
 ) -> dict:
     """What the log says of an attempt whose worker was lost, and after which the cell is tried again: its seconds are
     spent."""
-    entry = _lost_entry(cell, {"status": "lost", "error": why}, start, paused, worker, trace)
-    return {"phase": cell.phase, **entry}  # there may be no record of the cell yet that would say so
+    return _lost_entry(cell, {"status": "lost", "error": why}, start, paused, worker, trace)
 
 
 def _lost_entry(

@@ -77,7 +77,7 @@ TINY = {
     "deployment": {"cells": [], "export": [], "latency_repeats": 1},
     "run": {"threads_per_cell": 1, "seeds": [0, 1]},
 }
-ENTRY = {"cell", "status", "start", "end", "seconds", "peak_memory_mb", "worker", "error", "traceback"}
+ENTRY = {"cell", "phase", "status", "start", "end", "seconds", "peak_memory_mb", "worker", "error", "traceback"}
 
 
 # -------------------------------------------------------------------------------------------------- the same everywhere
@@ -295,7 +295,7 @@ class Log:
 
     def record(self, entry: dict) -> None:
         if entry["status"] == "lost":
-            assert set(entry) == ENTRY | {"phase"} and entry["phase"] == "quantization"
+            assert set(entry) == ENTRY and entry["phase"] == "quantization"
             json.dumps(entry)
             self.lost.setdefault(entry["cell"], []).append(entry)
             return
