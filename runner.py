@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -50,6 +51,40 @@ TABLE_SHARE = 0.02
 _runs = itertools.count()
 
 
+class _Output:
+    """Standard output, which goes quiet once it cannot be written any more (its disk is full, its terminal or reader is
+    gone): the results matter, what is told of them does not. In place of a stream, since a bar is drawn in a thread."""
+
+    def __init__(self):
+        self.is_lost = False
+
+    def write(self, text: str) -> int:
+        self._unless_lost("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._unless_lost("flush")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream(), name)
+
+    @staticmethod
+    def _stream() -> Any:
+        """Rich puts itself in its place while there is a bar."""
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    def _unless_lost(self, what: str, *values: Any) -> None:
+        if self.is_lost or sys.stdout is None:  # None: it was closed when Python was started
+            return
+        try:
+            getattr(self._stream(), what)(*values)
+        except OSError:
+            self.is_lost = True
+            # what is left in its buffer goes there too: at its end Python would fail to write it, with exit status 120
+            with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream().fileno())
+
+
 class Report:
     """Tells the person at the keyboard how far the run is: a live bar in a terminal, plain lines elsewhere."""
 
@@ -58,7 +93,7 @@ class Report:
         self.log: RunLog | None = None  # likewise
         self.chosen: Callable[[list[Cell]], list[Cell]] | None = None  # of those to do; None: all
         self.executor: Any = None  # kept from phase to phase, see `on`; None: each phase has its own
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(file=_Output(), highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self.has_details = not quiet and not self.live
         self.bar: Progress | None = None
