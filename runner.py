@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +51,40 @@ TABLE_SHARE = 0.02
 _runs = itertools.count()
 
 
+class _Output:
+    """Standard output, which goes quiet once it cannot be written any more (its disk is full, its terminal or reader is
+    gone): the results matter, what is told of them does not. In place of a stream, since a bar is drawn in a thread."""
+
+    def __init__(self):
+        self.is_lost = False
+
+    def write(self, text: str) -> int:
+        self._unless_lost("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._unless_lost("flush")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream(), name)
+
+    @staticmethod
+    def _stream() -> Any:
+        """Rich puts itself in its place while there is a bar."""
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    def _unless_lost(self, what: str, *values: Any) -> None:
+        if self.is_lost or sys.stdout is None:  # None: it was closed when Python was started
+            return
+        try:
+            getattr(self._stream(), what)(*values)
+        except OSError:
+            self.is_lost = True
+            # what is left in its buffer goes there too: at its end Python would fail to write it, with exit status 120
+            with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream().fileno())
+
+
 class Report:
     """Tells the person at the keyboard how far the run is: a live bar in a terminal, plain lines elsewhere."""
 
@@ -56,7 +93,7 @@ class Report:
         self.log: RunLog | None = None  # likewise
         self.chosen: Callable[[list[Cell]], list[Cell]] | None = None  # of those to do; None: all
         self.executor: Any = None  # kept from phase to phase, see `on`; None: each phase has its own
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(file=_Output(), highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self.has_details = not quiet and not self.live
         self.bar: Progress | None = None
@@ -216,9 +253,36 @@ def _write(cell: Cell, outcome: Outcome, config: Config, store: Store, report: R
     if outcome.lost is not None and keep is not None and store.is_done(cell.id):
         view = CellReport(lambda kind, *values: report.told(cell.id, kind, *values))
         outcome.row, outcome.groups, outcome.extra = as_record(cell, keep(cell, outcome.lost, view, config, store))
-    store.write_cell(outcome.row, outcome.groups, outcome.extra)
-    store.unmark(cell.id)  # of a worker that was killed, perhaps on another machine
-    if report.log is not None:
-        report.log.record(outcome.log)
+    with _uninterrupted():
+        if report.log is not None:
+            report.log.record(outcome.log)  # before the record: see run_log.py
+        store.write_cell(outcome.row, outcome.groups, outcome.extra)
+        store.unmark(cell.id)  # of a worker that was killed, perhaps on another machine
     if report.tracker is not None:
         report.tracker.log(cell, outcome.row, outcome.extra)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A Ctrl-C or SIGTERM is heard when it is over; a second one at once, of somebody for whom it takes too long."""
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    heard: list[int] = []
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}  # not the system's own
+
+    def note(number: int, frame: Any) -> None:
+        heard.append(number)
+        if len(heard) > 1:
+            handlers[number](number, frame)
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if len(heard) == 1:
+        handlers[heard[0]](heard[0], None)

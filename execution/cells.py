@@ -82,7 +82,7 @@ class Outcome:
     row: dict
     groups: list[dict]
     extra: dict
-    log: dict  # cell, status, start, end (seconds since 1970), seconds, peak_memory_mb, worker, error, traceback
+    log: dict  # cell, phase, status, start, end (seconds since 1970), seconds, peak_memory_mb, worker, error, traceback
     lost: Exception | None = None  # its worker was, with what it had computed
 
 
@@ -185,6 +185,7 @@ def log_entry(
     """`paused` of the seconds were not the cell's own, see quiet.off_the_clock."""
     return {
         "cell": cell.id,
+        "phase": cell.phase,
         "status": row["status"],
         "start": start,
         "end": start + seconds,
@@ -222,6 +223,13 @@ def raise_poison(error: BaseException) -> None:
     """For whoever goes on after an error: not after one of the CUDA context, which takes the worker with it."""
     if is_poisoned(error):
         raise error
+
+
+def unmark(job: Job, cell: Cell) -> None:
+    """Of a lost worker, perhaps on another machine, which cannot be asked whether it is alive: until the cell is
+    computed again it would seem to be running."""
+    with contextlib.suppress(StoreError):  # the folder is gone: whoever writes to it says so
+        Store(job.results_dir).unmark(cell.id)
 
 
 # ----------------------------------------------------------------------------------------------------------- in workers

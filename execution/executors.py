@@ -84,11 +84,12 @@ class Serial:
             def tell(kind: str, *values: Any, cell: Cell = cell) -> None:
                 report.told(cell.id, kind, *values)
 
-            start = time.time()
+            start, before = time.time(), quiet.paused_seconds()
             try:
                 outcome = cell_work.compute_cell(cell, compute, job, tell)
             except PoisonedError as error:  # of an engine on a GPU: what this process computes itself is on the CPU
-                outcome = lost_outcome(cell, error, start, trace=error.trace)
+                paused = quiet.paused_seconds() - before
+                outcome = lost_outcome(cell, error, start, paused=paused, worker=worker_name(), trace=error.trace)
             yield cell, outcome
 
     def close(self) -> None:
@@ -96,26 +97,42 @@ class Serial:
 
 
 def lost_outcome(
-    cell: Cell, error: Exception, start: float, *, worker: str | None = None, trace: str | None = None
+    cell: Cell,
+    error: Exception,
+    start: float | None,
+    *,
+    paused: float = 0.0,
+    worker: str | None = None,
+    trace: str | None = None,
 ) -> Outcome:
     """The outcome of a cell that no worker could tell the end of."""
     row = {**cell.identity(), "status": "failed", "error": one_line(error)}
-    log = log_entry(
-        cell, row, start, time.time() - start, peak_memory_mb=None, worker=worker or worker_name(), trace=trace
-    )
-    return Outcome(row, [], {}, log, error)
+    return Outcome(row, [], {}, _lost_entry(cell, row, start, paused, worker, trace), error)
 
 
 def lost_attempt(
-    cell: Cell, why: str, start: float | None, *, worker: str | None = None, trace: str | None = None
+    cell: Cell,
+    why: str,
+    start: float | None,
+    *,
+    paused: float = 0.0,
+    worker: str | None = None,
+    trace: str | None = None,
 ) -> dict:
     """What the log says of an attempt whose worker was lost, and after which the cell is tried again: its seconds are
-    spent. `start` is None where it is not known to have begun."""
+    spent."""
+    return _lost_entry(cell, {"status": "lost", "error": why}, start, paused, worker, trace)
+
+
+def _lost_entry(
+    cell: Cell, row: dict, start: float | None, paused: float, worker: str | None, trace: str | None
+) -> dict:
+    """`start` is None where it is not known to have begun: then no time is its own. For `paused` seconds it stood
+    still; they may be a little more than the rest where it was heard late that it had begun."""
     now = time.time()
     start = now if start is None else start
-    row = {"status": "lost", "error": why}
-    entry = log_entry(cell, row, start, now - start, peak_memory_mb=None, worker=worker, trace=trace)
-    return {"phase": cell.phase, **entry}  # there may be no record of the cell yet that would say so
+    seconds = max(now - start, paused)
+    return log_entry(cell, row, start, seconds, peak_memory_mb=None, worker=worker, trace=trace, paused=paused)
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -236,9 +253,11 @@ class Processes:
 
     def _lost(self, worker: _Worker, todo: list[Cell], attempts: Counter, report: Any) -> Ended | None:
         """A worker died: its cell is tried again on another one, or has failed."""
-        cell, how = worker.cell, worker.how_it_ended()
-        has_started, reason, trace, start = worker.has_started, worker.reason, worker.trace, worker.clock.start
-        name = worker_name(worker.process.pid)
+        cell, job, how = worker.cell, worker.job, worker.how_it_ended()
+        has_started, reason = worker.has_started, worker.reason
+        worker.clock.add_pause(worker.paused_seconds())
+        start, known = worker.clock.start, {"paused": worker.clock.pause, "trace": worker.trace}
+        known["worker"] = worker_name(worker.process.pid)
         self._discard(worker)
         if not has_started:
             todo.insert(0, cell)
@@ -247,11 +266,12 @@ class Processes:
         attempts[cell.id] += 1
         why = reason or f"its worker was {how}"
         if attempts[cell.id] <= self.settings.retries:
-            report.lost(lost_attempt(cell, why, start, worker=name, trace=trace))
+            cell_work.unmark(job, cell)
+            report.lost(lost_attempt(cell, why, start, **known))
             todo.insert(0, cell)
             return None
         error = died(why, attempts[cell.id])
-        return cell, lost_outcome(cell, error, start, worker=name, trace=trace)
+        return cell, lost_outcome(cell, error, start, **known)
 
     def _not_started(self, why: str, is_killed: bool = False) -> None:
         """It is tried again later; ConfigError where no other worker is at work and it is no use: the first ones end by
@@ -264,8 +284,9 @@ class Processes:
         self.start_again = time.monotonic() + pause
 
     def _timed_out(self, worker: _Worker) -> Outcome:
-        name = worker_name(worker.process.pid)
-        return lost_outcome(worker.cell, timed_out(self.settings.cell_timeout), worker.clock.start, worker=name)
+        name, clock = worker_name(worker.process.pid), worker.clock
+        why = timed_out(self.settings.cell_timeout)
+        return lost_outcome(worker.cell, why, clock.start, paused=clock.pause, worker=name)
 
     def _discard(self, worker: _Worker) -> None:
         worker.kill()

@@ -4,7 +4,8 @@ The project's folder, data and results must have the same paths on all nodes (a 
 project from there, by PYTHONPATH, and work in the folder that the program was started in. What cells tell on their way
 comes back through an actor, which Ray starts again where it dies: what it held is not told then. A cell of a lost
 worker or node is submitted again here, not by Ray's max_retries: nobody is told of those, and the clock of
-run.cell_timeout would run on while the cell waits for another place.
+run.cell_timeout would run on while the cell waits for another place. An attempt that was lost before its cell began
+(the worker was killed, or could not import torch) tells nothing of the cell, and is not one of run.retries.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from config import Config, ConfigError
 from execution import cells as cell_work
-from execution import quiet
+from execution import executors, quiet
 from execution.cells import FATAL, Compute, Job, Outcome, PoisonedError, one_line
 from execution.executors import (
     THREAD_VARIABLES,
@@ -45,6 +47,7 @@ HEARD_SECONDS = 5.0  # past its limit, after which a cell that stood still would
 CANCEL_SECONDS = 60.0  # after that, until a worker that does not end is given up
 NO_ROOM_SECONDS = 600.0  # that cells wait for places, where such workers hold some
 STARTED_SECONDS = 5.0  # between two messages that a cell has started: one may be lost with the actor
+RAISED_STARTS = 8  # times in a row, with pauses two minutes: a worker that imports from a slow disk is there by then
 
 
 class Ray:
@@ -65,6 +68,9 @@ class Ray:
         self.asked: Any = None  # the answer of it that is waited for
         self.is_mine = False  # the connection
         self.given_up = 0  # workers that did not end, and hold their places
+        self.failed_starts = 0  # in a row
+        self.has_worked = False  # any cell has begun: what keeps another one from it may pass
+        self.start_again = 0.0  # when (monotonic) cells that did not begin are submitted again
 
     def run(self, job: Job, compute: Compute | None, cells: Sequence[Cell], report: Any) -> Iterator[Ended]:
         if not cells:
@@ -89,25 +95,34 @@ class Ray:
             max_calls=1 if self.gpus else 0,
             **({} if self.is_mine else {"runtime_env": self.environment}),
         )(_ray_cell)
-        shared = ray.put(job)
-        running = {task.remote(shared, cell, self.events, 0): _RayCell(cell) for cell in cells}
-        by_id = {of.cell.id: of for of in running.values()}
+        # as bytes, so that what it imports is imported in the task: see _opened
+        shared = ray.put(ray.cloudpickle.dumps(job))
+
+        def submit(cells: Sequence[_RayCell]) -> None:
+            running.update({task.remote(shared, of.cell, self.events, of.submitted): of for of in cells})
+
+        running: dict[Any, _RayCell] = {}
+        waiting: list[_RayCell] = []  # until a worker may begin again
+        by_id = {cell.id: _RayCell(cell) for cell in cells}
+        submit(list(by_id.values()))
         last = time.monotonic()
         try:
-            while running:
-                # all that have ended: what is left below has not
-                ended, _ = ray.wait(list(running), num_returns=len(running), timeout=RAY_SECONDS)
+            while running or waiting:
+                if waiting and time.monotonic() >= self.start_again:
+                    submit(waiting)
+                    waiting = []
+                ended = self._ended(running)
                 self._drain(by_id, report)
                 for ref in ended:
                     of = running.pop(ref)
                     outcome = self._outcome(ref, of)
-                    if outcome is None:
-                        report.lost(of.lost_attempt())
-                        of.submitted_again()
-                        running[task.remote(shared, of.cell, self.events, of.attempts)] = of
-                    else:
+                    if outcome is not None:
                         del by_id[of.cell.id]  # what it still tells is late
                         yield of.cell, outcome
+                    elif self._is_again_at_once(job, of, running.values(), report):
+                        submit([of])
+                    else:
+                        waiting.append(of)
                 for ref, of in list(running.items()):
                     if of.clock.is_late(HEARD_SECONDS) and not of.is_late:
                         of.is_late, of.cancelled = True, time.monotonic()
@@ -128,6 +143,16 @@ class Ray:
             for ref in running:
                 with contextlib.suppress(ray.exceptions.RayError):  # it would hide why the run ends
                     ray.cancel(ref, force=True)
+
+    @staticmethod
+    def _ended(running: Mapping[Any, _RayCell]) -> list[Any]:
+        """All that have ended within a moment: what is left has not."""
+        import ray
+
+        if not running:  # cells wait until they may begin
+            time.sleep(RAY_SECONDS)
+            return []
+        return ray.wait(list(running), num_returns=len(running), timeout=RAY_SECONDS)[0]
 
     def close(self) -> None:
         if self.events is None:
@@ -181,16 +206,17 @@ class Ray:
         """Pass on what cells have told."""
         for cell, attempt, kind, *values in self._told():
             of = by_id.get(cell)
-            if of is None or attempt != of.attempts:  # it has ended, or was lost
+            if of is None or attempt != of.submitted:  # it has ended, or was lost
                 continue
             if kind == "started":
                 worker, elapsed = values
                 if of.has_started:  # it says so again and again
                     continue
                 of.worker, of.has_started = worker, True
+                self.failed_starts, self.has_worked = 0, True
                 of.clock.begin(self.settings.cell_timeout, elapsed)
                 report.begin(cell)
-            elif kind == "poisoned":
+            elif kind in ("poisoned", "unable"):
                 of.reason, of.trace = values
             elif kind == "standstill":
                 of.clock.add_pause(*values)
@@ -214,29 +240,68 @@ class Ray:
             return []
 
     def _outcome(self, ref: Any, of: _RayCell) -> Outcome | None:
-        """What became of a task; None: it was lost, and is to be tried again."""
+        """What became of a task; None: it was lost, and is to be tried again.
+
+        One that raised is one whose worker died, as it does under `processes`: what a cell raises is in its outcome, so
+        that it is of our own code or of what this worker could not import, and the others may compute cells well.
+        """
         import ray
 
         try:
             result = ray.get(ref)
-        except ray.exceptions.RayTaskError as error:  # of our own code, or of what it cannot import
-            raise ConfigError(f"run.executor: ray: {one_line(error.cause or error)[:500]}") from None
         except ray.exceptions.RayError as error:
-            of.attempts += 1
             of.how = type(error).__name__
+            if isinstance(error, ray.exceptions.RayTaskError):
+                of.how, of.has_raised = _shortened(one_line(error.cause or error)), True
             if of.is_late:
                 return self._timed_out(of)
+            if not of.has_started:
+                return None
+            of.attempts += 1
             if of.attempts <= self.settings.retries:
                 return None
-            why = died(of.why_lost(), of.attempts)
-            return lost_outcome(of.cell, why, of.clock.start, worker=of.worker, trace=of.trace)
+            return of.lost_outcome(died(of.why_lost(), of.attempts))
         if isinstance(result, Exception):
             raise result
+        self.failed_starts, self.has_worked = 0, True  # though it was not heard that it began
         return result
 
+    def _is_again_at_once(self, job: Job, of: _RayCell, others: Iterable[_RayCell], report: Any) -> bool:
+        """Whether a cell that was lost is submitted again now, or after a pause."""
+        cell_work.unmark(job, of.cell)
+        has_started = of.has_started
+        if has_started:
+            report.lost(of.lost_attempt())
+        else:
+            self._not_started(of, any(other.has_started for other in others), report)
+        of.submitted_again()
+        return has_started
+
+    def _not_started(self, of: _RayCell, is_any_at_work: bool, report: Any) -> None:
+        """It is submitted again after a pause, twice as long each time; what fails until then counts once, since Ray
+        starts many at once. ConfigError where no cell is being computed and it is no use: nothing has begun yet and
+        workers raise, as where a package is missing, or too many fail."""
+        if time.monotonic() < self.start_again:
+            return
+        self.failed_starts += 1
+        has_raised = of.has_raised or of.reason is not None
+        most = RAISED_STARTS if has_raised and not self.has_worked else executors.FAILED_STARTS
+        if self.failed_starts >= most and not is_any_at_work:
+            raise ConfigError(
+                f"run.executor: ray: no cell can be begun: {of.why_lost()}; finished cells are kept: run the same "
+                "command again to go on"
+            )
+        pause = min(executors.START_PAUSE * 2.0 ** min(self.failed_starts - 1, 10), executors.LONGEST_PAUSE)
+        self.start_again = time.monotonic() + pause
+        report.told(of.cell.id, "line", f"Ray: a cell was not begun: {of.why_lost()}; tried again in {pause:g} s")
+
     def _timed_out(self, of: _RayCell) -> Outcome:
-        why = timed_out(self.settings.cell_timeout)
-        return lost_outcome(of.cell, why, of.clock.start, worker=of.worker, trace=of.trace)
+        return of.lost_outcome(timed_out(self.settings.cell_timeout))
+
+
+def _shortened(text: str, most: int = 500) -> str:
+    """Without its middle: an import that failed is told of at the end."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 @contextlib.contextmanager
@@ -256,27 +321,36 @@ class _RayCell:
 
     cell: Cell
     clock: Clock = field(default_factory=Clock)
-    worker: str = "not started"
+    worker: str | None = None  # not known before it has started
     has_started: bool = False
-    attempts: int = 0  # that were lost
+    submitted: int = 0  # times before this one
+    attempts: int = 0  # that began, and were lost
     how: str = ""  # what Ray calls it
+    has_raised: bool = False
     is_late: bool = False
     cancelled: float = 0.0  # when (monotonic), where it is late
     reason: str | None = None  # why its worker ended itself
     trace: str | None = None
 
     def why_lost(self) -> str:
-        return self.reason or f"its worker {self.worker} died ({self.how})"
+        return self.reason or f"its worker{f' {self.worker}' if self.worker else ''} died ({self.how})"
 
     def lost_attempt(self) -> dict:
+        return lost_attempt(self.cell, self.why_lost(), **self._known())
+
+    def lost_outcome(self, error: Exception) -> Outcome:
+        return lost_outcome(self.cell, error, **self._known())
+
+    def _known(self) -> dict:
         """What the log says of it; while a cell waits for a place no time is spent on it."""
         if not self.has_started:
-            return lost_attempt(self.cell, self.why_lost(), None)
-        return lost_attempt(self.cell, self.why_lost(), self.clock.start, worker=self.worker, trace=self.trace)
+            return {"start": None}
+        return {"start": self.clock.start, "paused": self.clock.pause, "worker": self.worker, "trace": self.trace}
 
     def submitted_again(self) -> None:
-        self.clock, self.worker, self.has_started = Clock(), "not started", False
+        self.clock, self.worker, self.has_started = Clock(), None, False
         self.reason = self.trace = None
+        self.has_raised, self.submitted = False, self.submitted + 1
 
 
 class _Events:
@@ -323,7 +397,7 @@ def _told_standstill(send: Any) -> Iterator[Any]:
         watching.join()
 
 
-def _ray_cell(job: Job, cell: Cell, events: Any, attempt: int) -> Outcome | Exception:
+def _ray_cell(job: bytes, cell: Cell, events: Any, attempt: int) -> Outcome | Exception:
     """A task: the outcome, or what ends the program."""
     import ray
 
@@ -338,12 +412,23 @@ def _ray_cell(job: Job, cell: Cell, events: Any, attempt: int) -> Outcome | Exce
         with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):  # a cell is worth more than what it tells
             send(*event).future().result(ACTOR_SECONDS)
 
+    opened = _opened(job, tell_now)
     tell_now("started", worker_name(), 0.0)
     try:
         with _told_standstill(send) as standstill, quiet.computing(standstill=standstill):
-            return cell_work.compute_cell(cell, cell_work.prepared(job), job, tell)
+            return cell_work.compute_cell(cell, cell_work.prepared(opened), opened, tell)
     except FATAL as error:
         return error
     except PoisonedError as error:
         tell_now("poisoned", f"{error} (its worker was thrown away)", error.trace)
+        os._exit(1)
+
+
+def _opened(job: bytes, tell: Any) -> Job:
+    """The job, with what computes its cells imported, torch among it. A process in which that fails is thrown away:
+    torch cannot be imported a second time, and a worker that fails at once would be given one cell after another."""
+    try:
+        return pickle.loads(job)
+    except Exception as error:
+        tell("unable", _shortened(f"its worker {worker_name()} could not begin: {one_line(error)}"), None)
         os._exit(1)

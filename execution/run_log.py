@@ -1,9 +1,13 @@
 """log.jsonl in the results folder: a line of JSON for each cell that ended, and for each analysis. An attempt whose
 worker was lost, and after which the cell was tried again, has one too, with status "lost".
 
-It tells when, where, how long and with how much memory, and the whole traceback of a failure. No result depends on it:
-a line is written after the cell's record. Lines are appended under flock and synced, so that those of several processes
-never mix; a line that a power cut tore is left out by the reader and ended by the next writer.
+It tells when, where, how long and with how much memory, and the whole traceback of a failure. No result depends on it.
+A line is written before the cell's record, so that no cell that has ended is missing. An attempt whose record never
+came (a kill -9 in between, a full disk) has its line too, since its time was spent, and the cell another one when it is
+computed again: which cells are done is for the records to say.
+
+Lines are appended under flock and synced, so that those of several processes never mix; a line that a power cut tore is
+left out by the reader and ended by the next writer.
 """
 
 from __future__ import annotations

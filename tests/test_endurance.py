@@ -29,8 +29,10 @@ from cheap_run import (
 )
 
 import store as store_module
+from config import load_config
 from execution.run_log import RunLog
 from models import checkpoint_matches
+from phases.status import study_status
 from store import Store
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
@@ -101,7 +103,7 @@ def test_a_disk_that_is_full(config, uninterrupted, tmp_path):
         mount("-o", "remount,size=4m", str(results))
         goes_on(config, results, uninterrupted)
         logged = {entry["cell"] for entry in RunLog(Store(results)).read()}
-        assert len(set(cells_of(config)) - logged) <= 1  # the one whose line did not fit
+        assert logged == set(cells_of(config))
 
     fork_and_wait(tmp_path / "child", scenario)
 
@@ -303,6 +305,101 @@ def test_who_started_afresh_is_told_to_go_on_without(config, uninterrupted, tmp_
     told = "interrupted; finished cells are kept: run the same command again, without --fresh, to go on"
     assert child.err.strip() == told
     goes_on(config, results, uninterrupted, 4)
+
+
+def at_a_record(results: Path, act, is_after: bool) -> None:
+    """Call `act` in this process before the third record gets its name; or after, before whatever comes next."""
+    renamed = itertools.count(1)
+    is_due = False
+
+    def watch(event, arguments):
+        nonlocal is_due
+        if event not in ("open", "os.rename", "os.remove") or str(results) not in str(arguments[0]):
+            return
+        if is_due:
+            is_due = False
+            act()
+        if event == "os.rename" and Path(arguments[1]).parent.name == "cells" and next(renamed) == 3:
+            is_due = is_after
+            if not is_after:
+                act()
+
+    sys.addaudithook(watch)
+
+
+@pytest.mark.parametrize("is_after", [False, True])
+def test_a_cell_that_is_done_is_in_the_log_though_the_program_was_killed_there(
+    is_after, config, uninterrupted, tmp_path
+):
+    """Before its record has its name, or right after; and its time counts each time that it was spent."""
+    results = tmp_path / "results"
+
+    def killed() -> int:
+        at_a_record(results, lambda: os.kill(os.getpid(), signal.SIGKILL), is_after)
+        return run_here(config, results)
+
+    assert fork(tmp_path / "run", killed).wait() == -signal.SIGKILL
+    store, planned = Store(results), cells_of(config)
+    assert [cell for cell in planned if store.is_done(cell)] == planned[: 3 if is_after else 2]
+    assert [entry["cell"] for entry in RunLog(store).read()] == planned[:3]
+    counted = study_status(load_config(config), store)["phases"]["baseline"]
+    assert (counted["done"], counted["to_do"]) == ((3, 9) if is_after else (2, 10))
+    goes_on(config, results, uninterrupted, 3 if is_after else 2)
+    entries = RunLog(store).read()
+    again = planned[3:] if is_after else planned[2:]
+    assert [entry["cell"] for entry in entries] == planned[:3] + again
+    counted = study_status(load_config(config), store)["phases"]["baseline"]
+    assert counted["done"] == 12
+    assert counted["seconds_spent"] == pytest.approx(sum(entry["seconds"] for entry in entries))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_while_a_record_is_written_is_heard_when_it_is_there(number, status, config, uninterrupted, tmp_path):
+    results = tmp_path / "results"
+
+    def interrupted() -> int:
+        at_a_record(results, lambda: os.kill(os.getpid(), number), is_after=False)
+        return run_here(config, results)
+
+    assert fork(tmp_path / "run", interrupted).wait() == status
+    store, planned = Store(results), cells_of(config)
+    assert [cell for cell in planned if store.record(cell)] == planned[:3]  # and no other one was begun
+    assert [entry["cell"] for entry in RunLog(store).read()] == planned[:3] and not store.marked()
+    goes_on(config, results, uninterrupted, 3)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_record(config, tmp_path):
+    """Which a disk that does not answer never lets be written."""
+    results = tmp_path / "results"
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupted() -> int:
+        at_a_record(results, twice, is_after=False)
+        return run_here(config, results)
+
+    assert fork(tmp_path / "run", interrupted).wait() == 130
+    assert len(list((results / "cells").iterdir())) == 2
+
+
+def test_a_log_without_room_leaves_no_cell_done_that_is_in_no_log(config, uninterrupted, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    results = tmp_path / "results"
+
+    def fills(cell, computed, store):
+        if computed == 3:
+            (results / "log.jsonl").rename(tmp_path / "log.jsonl")
+            (results / "log.jsonl").symlink_to("/dev/full")
+
+    status, error = captured(tmp_path / "run", lambda: run_here(config, results, event=fills))
+    assert status == 2 and "log.jsonl: cannot be written (No space left on device)" in only_line(error)
+    (tmp_path / "log.jsonl").replace(results / "log.jsonl")
+    assert [entry["cell"] for entry in RunLog(Store(results)).read()] == cells_of(config)[:3]
+    goes_on(config, results, uninterrupted, 3)
+    assert [entry["cell"] for entry in RunLog(Store(results)).read()] == cells_of(config)
 
 
 # -------------------------------------------------------------------------------------------------------- damaged files

@@ -34,7 +34,7 @@ except ImportError:
 import image_cache
 import main
 from config import ConfigError, load_config
-from execution import cells, executors, ray_executor
+from execution import cells, executors, quiet, ray_executor
 from execution.cells import (
     CellResult,
     Job,
@@ -77,7 +77,7 @@ TINY = {
     "deployment": {"cells": [], "export": [], "latency_repeats": 1},
     "run": {"threads_per_cell": 1, "seeds": [0, 1]},
 }
-ENTRY = {"cell", "status", "start", "end", "seconds", "peak_memory_mb", "worker", "error", "traceback"}
+ENTRY = {"cell", "phase", "status", "start", "end", "seconds", "peak_memory_mb", "worker", "error", "traceback"}
 
 
 # -------------------------------------------------------------------------------------------------- the same everywhere
@@ -255,7 +255,26 @@ def use_all_memory(report):
         resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
+def stand_still(report):
+    """As a cell does that waits for another one's data or measurement; and then long enough to be heard on Ray."""
+    with quiet.off_the_clock():
+        time.sleep(4)
+    time.sleep(2)
+
+
+def stand_still_and_die(report):
+    stand_still(report)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stand_still_and_sleep(report):
+    stand_still(report)
+    time.sleep(600)
+
+
 DEEDS = {
+    "still-dies": stand_still_and_die,
+    "still-late": stand_still_and_sleep,
     "nothing": lambda report: report.line("the data are odd"),
     "die": lambda report: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda report: os.kill(os.getpid(), signal.SIGSTOP),
@@ -276,7 +295,7 @@ class Log:
 
     def record(self, entry: dict) -> None:
         if entry["status"] == "lost":
-            assert set(entry) == ENTRY | {"phase"} and entry["phase"] == "quantization"
+            assert set(entry) == ENTRY and entry["phase"] == "quantization"
             json.dumps(entry)
             self.lost.setdefault(entry["cell"], []).append(entry)
             return
@@ -446,6 +465,33 @@ def test_data_that_take_longer_to_decode_than_a_cell_may_take_make_no_cell_late(
     assert late["end"] - late["start"] >= 9
 
 
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_the_seconds_of_a_cell_that_was_lost_or_late_are_its_own(tmp_path, request, executor):
+    """Not those for which it stood still: by them the time that is spent is reckoned."""
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    settings = [f"run.executor={executor}", "run.jobs=2", "run.threads_per_cell=1", "run.cell_timeout=4"]
+    store, report = Store(tmp_path), Report(quiet=True)
+    store.prepare("")
+    report.log = Log()
+    todo = [made_up("dies", do="still-dies"), made_up("late", do="still-late")]
+    run_cells("quantization", todo, faulty, load_config(None, settings), store, report)
+    entries = [*report.log.lost["dies"], report.log.entries["dies"], report.log.entries["late"]]
+    assert [entry["status"] for entry in entries] == ["lost", "failed", "failed"]
+    for entry in entries:
+        assert entry["end"] - entry["start"] - entry["seconds"] == pytest.approx(4, abs=0.5)
+        assert 1 < entry["seconds"] < (4 if "dies" in entry["cell"] else 4 + ray_executor.HEARD_SECONDS + 2)
+
+
+def test_no_time_is_spent_on_an_attempt_that_never_began():
+    """However long it had waited in a queue; nor is a worker known."""
+    of = ray_executor._RayCell(made_up("a"))
+    of.clock.start -= 7200
+    for entry in (of.lost_attempt(), of.lost_outcome(executors.WorkerDied("it died")).log):
+        assert entry["seconds"] == 0 and entry["worker"] is None
+        assert entry["start"] == entry["end"] == pytest.approx(time.time(), abs=60)
+
+
 def waiting(config, store, device, data=None):
     """A computation that waits for a file, and then says so."""
 
@@ -583,6 +629,124 @@ def test_a_cell_on_ray_whose_beginning_was_not_heard_is_late_all_the_same(tmp_pa
     assert log.entries["late"]["seconds"] > ray_executor.STARTED_SECONDS  # all of them
 
 
+def begin_badly() -> None:
+    """This module is imported by a worker of Ray that is given a cell of it: as many of them as the environment says do
+    not get further; the first after another cell has begun."""
+    folder, how, times, is_first_fine = json.loads(os.environ["BNQ_TEST_BEGIN"])
+    number = 1
+    while True:
+        try:
+            with (Path(folder) / f"worker{number}").open("x") as file:
+                file.write(str(os.getpid()))
+            break
+        except FileExistsError:
+            number += 1
+    if is_first_fine:
+        number -= 1
+        if number:
+            while not list(Path(folder).glob("*.attempts")):
+                time.sleep(0.05)
+    if 0 < number <= times and how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if 0 < number <= times:
+        raise MemoryError("no room for torch")
+
+
+if "BNQ_TEST_BEGIN" in os.environ:
+    begin_badly()
+
+
+def on_ray_badly(folder: Path, how: str, times: int, is_first_fine: bool = False) -> tuple[Store, Log, list[Cell]]:
+    """Two cells on Ray, whose first workers do not get as far as a cell."""
+    config = load_config(None, ["run.executor=ray", "run.threads_per_cell=1", "run.retries=0"])
+    store, report = Store(folder), Report(quiet=True)
+    store.prepare("")
+    report.executor, report.log = open_executor(config, "cpu"), Log()
+    environment = json.dumps([str(folder), how, times, is_first_fine])
+    report.executor.environment["env_vars"]["BNQ_TEST_BEGIN"] = environment
+    todo = [made_up("one", do="compute"), made_up("two", do="compute")]
+    try:
+        run_cells("quantization", todo, faulty, config, store, report)
+    finally:
+        report.close()
+    return store, report.log, todo
+
+
+@pytest.mark.parametrize("how", ["is killed", "raises"])
+def test_what_ends_before_its_cell_began_on_ray_is_no_attempt(how, tmp_path, local_ray, monkeypatch, capsys):
+    """Such as for want of memory, while it imported torch. Without retries; the other cell goes on meanwhile."""
+    monkeypatch.setattr(executors, "START_PAUSE", 4.0)
+    store, log, todo = on_ray_badly(tmp_path, how, 1, is_first_fine=True)
+    assert [store.record(cell.id)["row"]["status"] for cell in todo] == ["done", "done"] and log.lost == {}
+    assert len(list(tmp_path.glob("worker*"))) >= 2
+    last = max(path.stat().st_mtime for path in tmp_path.glob("*.attempts"))
+    assert min(store.record_path(cell.id).stat().st_mtime for cell in todo) < last - 1  # written within the pause
+    out = capsys.readouterr().out
+    assert out.count("Ray: a cell was not begun: its worker") == 1 and "; tried again in 4 s" in out
+    assert ("MemoryError: no room for torch" in out) == (how == "raises")
+
+
+@pytest.mark.parametrize("how", ["is killed", "raises"])
+def test_workers_of_ray_that_fail_at_first_are_not_the_end_of_the_run(how, tmp_path, local_ray, monkeypatch):
+    monkeypatch.setattr(executors, "START_PAUSE", 0.1)
+    store, log, todo = on_ray_badly(tmp_path, how, 3)
+    assert [store.record(cell.id)["row"]["status"] for cell in todo] == ["done", "done"] and log.lost == {}
+    pids = [path.read_text() for path in tmp_path.glob("worker*")]
+    assert len(pids) > 3 and len(set(pids)) == len(pids)  # none of them tried to import it a second time
+
+
+@pytest.mark.parametrize("how", ["is killed", "raises"])
+def test_workers_of_ray_that_never_begin_end_the_run(how, tmp_path, local_ray, monkeypatch):
+    monkeypatch.setattr(executors, "START_PAUSE", 0.01)
+    monkeypatch.setattr(executors, "FAILED_STARTS", 3 if how == "is killed" else 1000)
+    monkeypatch.setattr(ray_executor, "RAISED_STARTS", 3 if how == "raises" else 1000)
+    why = "died" if how == "is killed" else "could not begin: MemoryError: no room for torch"
+    with pytest.raises(ConfigError, match=rf"no cell can be begun: its worker.* {why}.* again to go on$"):
+        on_ray_badly(tmp_path, how, 1000)
+    assert not list((tmp_path / "cells").iterdir()) and len(list(tmp_path.glob("worker*"))) >= 3
+
+
+def cannot_be_opened(config, store, device, data=None):
+    """Our own mistake: a worker reaches the cell, and not its computation."""
+    with (store.root / "opened").open("a") as file:
+        file.write("x\n")
+    raise ValueError("not made for this")
+
+
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_a_worker_that_raises_is_one_that_died(executor, tmp_path, request):
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    config = load_config(None, [f"run.executor={executor}", "run.threads_per_cell=1"])
+    store = Store(tmp_path)
+    store.prepare("")
+    run_cells("quantization", [made_up("a")], cannot_be_opened, config, store, Report(quiet=True))
+    row = store.record("a")["row"]
+    assert row["status"] == "failed" and "the last of 2 attempts" in row["error"]
+    assert ("ValueError: not made for this" in row["error"]) == (executor == "ray")
+    assert (tmp_path / "opened").read_text().count("x") == 2
+
+
+def test_a_worker_of_ray_that_cannot_import_its_task_is_one_line(tmp_path, local_ray, monkeypatch):
+    """A node on which a package is missing. Ray itself raises then, in the task's place."""
+    monkeypatch.setattr(executors, "START_PAUSE", 0.01)
+    monkeypatch.setattr(ray_executor, "RAISED_STARTS", 3)
+    monkeypatch.setattr(ray_executor, "_ray_cell", faulty)  # of this module, which is not found there
+    config, report = load_config(None, ["run.executor=ray"]), Report(quiet=True)
+    store = Store(tmp_path)
+    store.prepare("")
+    report.executor = open_executor(config, "cpu")
+    report.executor.environment["env_vars"]["PYTHONPATH"] = "/nowhere"
+    try:
+        with pytest.raises(
+            ConfigError, match=r"no cell can be begun: .*named 'test_executors'.* again to go on$"
+        ) as told:
+            run_cells("quantization", [made_up("a", do="nothing")], faulty, config, store, report)
+    finally:
+        report.close()
+    assert "\n" not in str(told.value) and report.executor is None
+
+
 def test_what_else_ray_may_raise_is_one_line(tmp_path, local_ray, monkeypatch):
     import ray
 
@@ -680,6 +844,45 @@ def test_the_mark_of_a_lost_worker_goes_with_its_cell(tmp_path):
     store.prepare("")
     run_cells("quantization", [made_up("dies", do="die")], faulty, config, store, Report(quiet=True))
     assert store.record("dies")["row"]["status"] == "failed" and store.marked() == []
+
+
+def test_a_cell_whose_worker_was_killed_is_not_marked_while_another_one_is_started(tmp_path, monkeypatch):
+    marked, real = [], executors._Worker
+
+    def start(threads, visible):
+        marked.append([cell for cell, _ in store.marked()])
+        return real(threads, visible)
+
+    monkeypatch.setattr(executors, "_Worker", start)
+    store = Store(tmp_path)
+    store.prepare("")
+    config = load_config(None, ["run.executor=processes"])
+    run_cells("quantization", [made_up("a", do="die", times=1)], faulty, config, store, Report(quiet=True))
+    assert marked == [[], []] and store.record("a")["row"]["status"] == "done"
+
+
+def dying_and_looking(config, store, device, data=None):
+    """The first attempt of `dies` is killed; another cell notes for whom there is a mark while it is computed."""
+    again = faulty(config, store, device)
+
+    def compute(cell: Cell, report) -> CellResult:
+        if cell.id == "looks":
+            time.sleep(3)
+            (store.root / "seen").write_text(" ".join(name for name, _ in store.marked()))
+        return again(cell, report)
+
+    return compute
+
+
+def test_a_cell_that_waits_on_ray_again_is_not_marked(tmp_path, local_ray):
+    """It may wait for hours, and --status would call it running where its worker was on another machine."""
+    config = load_config(None, ["run.executor=ray", "run.threads_per_cell=2"])  # one at a time
+    store = Store(tmp_path)
+    store.prepare("")
+    todo = [made_up("dies", do="die", times=1), made_up("looks", do="nothing")]
+    run_cells("quantization", todo, dying_and_looking, config, store, Report(quiet=True))
+    assert (tmp_path / "seen").read_text() == "looks"
+    assert len((tmp_path / "dies.attempts").read_text().split()) == 2
 
 
 def test_what_no_cell_can_help_ends_the_run_and_not_in_a_thousand_rows(tmp_path):
