@@ -31,6 +31,8 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
+from owners import NO_LOCKS
+
 try:
     import fcntl
 except ImportError:  # Windows: two writers then both do the work, and the first to finish wins
@@ -39,7 +41,6 @@ except ImportError:  # Windows: two writers then both do the work, and the first
 DECODER = f"draft-centre-bilinear-1, pillow {PIL.__version__}"  # change it when decode_image changes
 CHUNK_BYTES = 8 << 20  # decoded images held at a time
 LOCK_TICK = 0.05  # seconds between two looks at a lock that another process holds
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without flock
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 

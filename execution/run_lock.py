@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import threading
@@ -23,10 +22,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from owners import Owner
+from owners import NO_LOCKS, Owner
 from store import Store, StoreError, write_errors, write_json
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without flock
 PATIENCE = 1.0  # seconds: the one who was first may have ended just now, or not yet written who he is
 ORPHANS_PATIENCE = 10.0  # seconds that the workers of a run that died get to notice
 BEAT = 15.0  # seconds between two touches of .lock.json
