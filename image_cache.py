@@ -31,6 +31,8 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
+from owners import NO_LOCKS
+
 try:
     import fcntl
 except ImportError:  # Windows: two writers then both do the work, and the first to finish wins
@@ -39,7 +41,7 @@ except ImportError:  # Windows: two writers then both do the work, and the first
 DECODER = f"draft-centre-bilinear-1, pillow {PIL.__version__}"  # change it when decode_image changes
 CHUNK_BYTES = 8 << 20  # decoded images held at a time
 LOCK_TICK = 0.05  # seconds between two looks at a lock that another process holds
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without flock
+LEFT_SECONDS = 3600.0  # since anything was written, after which a part is a leftover where no lock tells
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -331,16 +333,16 @@ def _sync(file) -> None:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, *, wait: bool, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Holds the writer's lock of one cache (the kernel drops it when a process dies); yields whether it was got.
-    `waiting()` is called again and again meanwhile. Where the file system has no locks, two writers both do the work.
+def _lock(folder: Path, *, wait: bool, waiting: Callable[[], None] | None = None) -> Iterator[bool | None]:
+    """Holds the writer's lock of one cache (the kernel drops it when a process dies); yields whether it was got, None
+    where there are no locks: two writers then both do the work. `waiting()` is called again and again meanwhile.
 
     It is waited for by looking again and again: a worker that waits in flock itself would hear no signal, and could not
     stand still where another one measures a latency (execution/quiet.py). The writer then stands still too, so that
     the three of them would wait for one another.
     """
     if fcntl is None:
-        yield True
+        yield None
         return
     with folder.with_name(f".{folder.name}.lock").open("ab") as file:
         while (is_got := _is_got(file)) is False:
@@ -350,7 +352,7 @@ def _lock(folder: Path, *, wait: bool, waiting: Callable[[], None] | None = None
             if waiting is not None:
                 waiting()
             time.sleep(LOCK_TICK)
-        yield is_got or wait  # without locks nobody knows whether a writer lives
+        yield is_got
 
 
 def _is_got(file: IO) -> bool | None:
@@ -367,8 +369,18 @@ def _is_got(file: IO) -> bool | None:
 
 
 def _remove_leftovers(cache: Path) -> None:
-    """Delete what killed writers left; a part whose lock is held belongs to a living one."""
+    """Delete what killed writers left; a part whose lock is held belongs to a living one. Without locks nobody knows
+    whether a writer lives: its part stays until nothing has been written to it for LEFT_SECONDS."""
     for part in cache.glob("*.part"):
-        with _lock(part.with_name(part.name.rsplit(".", 2)[0]), wait=False) as is_ours:
-            if is_ours and fcntl is not None:
+        with _lock(part.with_name(part.name.rsplit(".", 2)[0]), wait=False) as is_got:
+            if is_got or (is_got is None and _seconds_unwritten(part) >= LEFT_SECONDS):
                 shutil.rmtree(part, ignore_errors=True)
+
+
+def _seconds_unwritten(part: Path) -> float:
+    """By the clock of the file system, whose machine may be another one; 0 where the part is just being renamed."""
+    os.utime(part.parent)
+    try:
+        return part.parent.stat().st_mtime - max(path.stat().st_mtime for path in (part, *part.iterdir()))
+    except FileNotFoundError:
+        return 0.0

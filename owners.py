@@ -7,6 +7,7 @@ with the moment, in the kernel's own clock, at which its process began.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import platform
 import shlex
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what flock raises on file systems without it
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,9 @@ class Store:
             for cell, owner in self.marked():
                 if owner is None or not owner.is_alive():
                     self._marker(cell).unlink(missing_ok=True)
-            _sync_folder(self.root)  # the names of the new folders survive a power cut too
+            sync_folder(self.root)  # the names of the new folders survive a power cut too
             with contextlib.suppress(PermissionError):  # a folder of somebody else, in which ours is
-                _sync_folder(self.root.absolute().parent)
+                sync_folder(self.root.absolute().parent)
         write_text(self.root / "config.yaml", config_yaml)
         write_json(self.root / "environment.json", {"schema_version": SCHEMA_VERSION, **environment()})
         self._was_there = True
@@ -504,14 +504,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The names of a folder's files, which are not part of the files."""
     if os.name == "posix":
         directory = os.open(folder, os.O_RDONLY)

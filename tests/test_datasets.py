@@ -678,6 +678,32 @@ def test_where_nothing_can_be_locked_images_are_decoded_all_the_same(tmp_path, m
     assert not theirs.exists()
 
 
+@pytest.mark.parametrize(
+    ("folder_age", "file_age", "goes"), [(9e5, 3000, False), (3000, 9e5, False), (3700, 3700, True)]
+)
+def test_where_nothing_can_be_locked_a_killed_writers_part_goes_after_an_hour(
+    tmp_path, monkeypatch, folder_age, file_age, goes
+):
+    """Since anything was written to it: a living writer's grows."""
+    make_fairface(tmp_path / "fairface")
+    process = slow_writer(tmp_path, seconds=0.5)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    [part] = (tmp_path / "cache").glob("*.part")
+    now = time.time()
+    for path, age in ((part / "images.npy", file_age), (part, folder_age)):
+        os.utime(path, (now - age, now - age))
+    if image_cache.fcntl is not None:
+
+        def no_flock(*arguments):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+        monkeypatch.setattr(image_cache.fcntl, "flock", no_flock)
+    assert len(faces(tmp_path).images) == 100
+    assert part.exists() is not goes and len(list((tmp_path / "cache").glob("*.part"))) == (not goes)
+
+
 def written_file(tmp_path, count=9) -> tuple[image_cache.ImageFile, np.ndarray]:
     images = np.random.default_rng(0).integers(0, 256, (count, 4, 5, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)

@@ -218,18 +218,21 @@ def test_kill_9_at_any_moment_and_the_same_command_again(config, uninterrupted, 
 
 @pytest.mark.parametrize("write", range(8))
 def test_killed_between_a_write_and_its_rename(write, config, uninterrupted, tmp_path, monkeypatch):
-    """A power cut as far as a process can have one. Of a run's first renames, those of the lock's, the config's, the
-    environment's file and the running mark come before the checkpoint, the predictions and the record."""
-    results = tmp_path / "results"
-    replace, calls = os.replace, iter(range(100))
+    """A power cut as far as a process can have one. Of a run's first new names, those of the lock's (a link), the
+    config's, the environment's file and the running mark come before the checkpoint, the predictions and the record."""
+    results, calls = tmp_path / "results", iter(range(100))
 
-    def cut(source, target):
-        if next(calls) == write:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
+    def cut(rename):
+        def cut_or_rename(source, target):
+            if next(calls) == write:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+
+        return cut_or_rename
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", cut)
+        for name in ("replace", "link"):
+            patch.setattr(os, name, cut(getattr(os, name)))
         assert fork_run(tmp_path / "run", config, results).wait() == -signal.SIGKILL
     (torn,) = results.rglob("*.tmp")
     assert store_module.TEMPORARY.fullmatch(torn.name)

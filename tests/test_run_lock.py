@@ -3,13 +3,16 @@
 import dataclasses
 import errno
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -296,15 +299,29 @@ def test_what_a_dead_run_left_makes_room_for_the_next_ones_record(tmp_path, monk
     dead.wait()
     torn = tmp_path / "checkpoints" / f".m.safetensors.{dead.pid}.tmp"
     torn.write_bytes(bytes(100))
-    write, seen = run_lock.write_json, []
+    sync, refused_syncs = os.fsync, []
 
-    def look(path, content):
-        seen.append(torn.exists())
-        write(path, content)
+    def no_room(file):
+        if torn.exists():
+            refused_syncs.append(file)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
 
-    monkeypatch.setattr(run_lock, "write_json", look)
+    monkeypatch.setattr(os, "fsync", no_room)
     with only_run(Store(tmp_path)):
-        assert seen == [False]
+        assert len(refused_syncs) == 1 and not torn.exists()
+
+
+def test_who_is_refused_removes_nothing(tmp_path, hurried):
+    """The temporary files may be the other run's, on a machine whose processes cannot be seen from here."""
+    Store(tmp_path).prepare("")
+    theirs = dataclasses.replace(Owner.this_process(), host="node17")
+    (tmp_path / ".lock.json").write_text(json.dumps(dataclasses.asdict(theirs)))
+    temporary = tmp_path / "checkpoints" / ".m.safetensors.4194305.tmp"  # a number that no process has
+    temporary.touch()
+    with pytest.raises(StoreError, match="node17"), only_run(Store(tmp_path)):
+        pytest.fail("both would run")
+    assert temporary.exists()
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -330,7 +347,7 @@ def test_a_file_system_without_flock(error, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1}'])
-def test_a_torn_record_of_a_dead_run_blocks_nobody(content, tmp_path):
+def test_a_torn_record_of_a_dead_run_blocks_nobody(content, tmp_path, hurried):
     (tmp_path / ".lock.json").write_text(content)
     with only_run(Store(tmp_path)):
         assert owner_of(tmp_path).pid == os.getpid()
@@ -354,6 +371,131 @@ def test_without_locks_in_the_file_system_the_record_decides(tmp_path, monkeypat
     (tmp_path / ".lock.json").write_text(json.dumps(dataclasses.asdict(dead)))
     with only_run(Store(tmp_path)):
         assert owner_of(tmp_path).pid == os.getpid()
+
+
+def test_a_record_that_is_being_written_is_waited_for(tmp_path, monkeypatch):
+    """Where there are no hard links, it is there before it is whole."""
+    monkeypatch.setattr(run_lock, "PATIENCE", 30.0)
+    child, record = fork(tmp_path / "o", lambda: time.sleep(600)), tmp_path / ".lock.json"
+    owner = dataclasses.replace(Owner.this_process(), pid=child.pid, birth=owners.birth_of(child.pid))
+    whole = json.dumps(dataclasses.asdict(owner))
+    record.write_text(whole[:20])
+    writing = threading.Timer(0.3, lambda: record.write_text(whole))
+    writing.start()
+    try:
+        with pytest.raises(StoreError, match=f"process {child.pid} on"), only_run(Store(tmp_path)):
+            pytest.fail("both would run")
+    finally:
+        writing.join()
+        child.kill()
+
+
+# -------------------------------------------------------------------------------------- runs that start at one moment
+
+STARTERS, ROUNDS = 4, 20
+
+
+def without_flock(*arguments):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def without_links(*arguments):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def jittered(function, rng):
+    """Now and then another process comes between, before and after."""
+
+    def pause():
+        time.sleep(rng.choice((0.0, 0.0, 0.002, 0.015)))
+
+    def call(*arguments):
+        pause()
+        try:
+            return function(*arguments)
+        finally:
+            pause()
+
+    return call
+
+
+def leave_the_dead(root: Path, dead: str) -> None:
+    """What runs that have ended left there: nothing, a record, or the record of one who had begun to replace it too."""
+    root.mkdir()
+    gone = dataclasses.replace(Owner.this_process(), birth="another-boot:1")
+    if dead == "on another machine":
+        gone = dataclasses.replace(gone, host="node17")
+    record = json.dumps(dataclasses.asdict(gone)).encode()
+    if dead != "nobody":
+        (root / ".lock.json").write_bytes(record)
+        os.utime(root / ".lock.json", (0, 0))
+    if dead == "and the heir":
+        heir = dataclasses.replace(gone, pid=1, birth="another-boot:2")
+        name = f".lock.json.{hashlib.sha256(record).hexdigest()[:16]}.heir"
+        (root / name).write_text(json.dumps(dataclasses.asdict(heir)))
+
+
+def start_again_and_again(folder: Path, number: int, barrier, has_flock: bool, has_links: bool, dead: str) -> None:
+    """One of STARTERS processes; it writes down what becomes of it in each round."""
+    import fcntl
+
+    rng = random.Random(number)
+    fcntl.flock = (lambda *arguments: None) if has_flock else without_flock
+    if has_flock:  # which each machine has for itself
+        platform.node = lambda: f"node{number}"
+    if not has_links:
+        os.link = without_links
+    for module, name in ((run_lock, "_content"), (run_lock, "_check_over"), (os, "link"), (os, "replace")):
+        setattr(module, name, jittered(getattr(module, name), rng))
+    for round_ in range(ROUNDS):
+        root, told = folder / f"round{round_}", folder / f"told-{round_}-{number}"
+        if number == 0:
+            leave_the_dead(root, dead)
+        barrier.wait(60)
+        try:
+            with only_run(Store(root)):
+                told.write_text("in")
+                barrier.wait(60)  # all have been answered
+                assert json.loads((root / ".lock.json").read_text())["pid"] == os.getpid()
+        except StoreError as error:
+            told.write_text(str(error))
+            barrier.wait(60)
+        barrier.wait(60)
+        if number == 0:
+            (folder / f"left-{round_}").write_text(" ".join(sorted(path.name for path in root.glob(".*"))))
+
+
+@pytest.mark.parametrize(
+    ("has_flock", "has_links", "dead"),
+    [
+        (False, True, "nobody"), (False, True, "a run"), (False, True, "and the heir"), (False, False, "nobody"),
+        (False, False, "a run"), (True, True, "nobody"), (True, True, "on another machine"),
+    ],
+)  # fmt: skip
+def test_of_runs_that_start_at_one_moment_one_gets_in(has_flock, has_links, dead, tmp_path):
+    """Where there is no flock, or each machine has one of its own."""
+    barrier = multiprocessing.get_context("fork").Barrier(STARTERS)
+
+    def work(number: int) -> None:
+        try:
+            start_again_and_again(tmp_path, number, barrier, has_flock, has_links, dead)
+        except BaseException:
+            barrier.abort()  # for the others, who wait
+            raise
+
+    starters = [fork(tmp_path / f"out{number}", lambda number=number: work(number)) for number in range(STARTERS)]
+    try:
+        assert [starter.wait() for starter in starters] == [0] * STARTERS, "".join(starter.err for starter in starters)
+    finally:
+        for starter in starters:
+            if starter.status is None:
+                starter.kill()
+    for round_ in range(ROUNDS):
+        told = [(tmp_path / f"told-{round_}-{number}").read_text() for number in range(STARTERS)]
+        assert told.count("in") == 1, told
+        refusals = [text for text in told if text != "in"]
+        assert all("another run is using this folder" in text and "\n" not in text for text in refusals)
+        assert set((tmp_path / f"left-{round_}").read_text().split()) <= {".lock"}
 
 
 def test_a_number_that_is_used_again_is_another_process():
