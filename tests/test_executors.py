@@ -205,7 +205,8 @@ def test_engines_predict_the_same_with_two_threads_everywhere(tiny, two_threads,
 def test_the_order_of_the_cells_does_not_matter(tiny, serial):
     """Nor which of them measures what several share."""
     results = tiny.parent / "reversed"
-    study(tiny, results, "run.seeds=[1, 0]", "quantization.bit_widths=[4, 8]")
+    for widths in ("[4]", "[4, 8]"):  # the second time nothing is in memory: cells read what the first ones measured
+        study(tiny, results, "run.seeds=[1, 0]", f"quantization.bit_widths={widths}")
     ours, theirs = contents(results), contents(serial)
     assert shared_by_cells(results) == shared_by_cells(serial)
     tables = [name for name in theirs if name.endswith(".csv")]
@@ -978,6 +979,66 @@ def test_no_worker_outlives_the_program(tiny, serial, tmp_path, executor, number
         assert (tmp_path / "baseline_results.csv").read_text().count("\n") == 1  # written: no cell has ended
     else:
         assert status == -signal.SIGKILL and errors == ""
+
+
+LONGER = "training.epochs=20"  # than it takes to look whether the second training has begun
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny) -> dict[str, bytes]:
+    """The results of two longer trainings."""
+    results = tiny.parent / "undisturbed"
+    arguments = ["--phase", "baseline", "--config", str(tiny), "--results-dir", str(results), "--device", "cpu"]
+    assert main.main([*arguments, "--set", LONGER]) == 0
+    return contents(results)
+
+
+def agents_of_ray(number: int) -> set[int]:
+    """After a kill -9, Ray's: they look once a minute whether the Ray that they belong to is there, and end then."""
+    found = set()
+    for folder in Path("/proc").iterdir() if number == signal.SIGKILL else ():
+        with contextlib.suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")):
+                found.add(int(folder.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_same_command_goes_on_with_what_ended_on_ray(tiny, undisturbed, tmp_path, number):
+    """After Ctrl-C, which a terminal sends to the whole process group, Ray's own processes too, and after kill -9 of
+    the program alone. Nothing of it is left, but for the agents of a killed Ray."""
+    pytest.importorskip("ray")
+    mark, results, out = f"BNQ_TEST_{uuid.uuid4().hex}", tmp_path / "results", tmp_path / "out"
+    command = [sys.executable, "main.py", "--phase", "baseline", "--config", str(tiny), "--results-dir", str(results),
+               "--device", "cpu", "--set", "run.executor=ray", "run.jobs=1", LONGER]  # fmt: skip
+
+    def start() -> subprocess.Popen:
+        with out.open("wb") as told:
+            return subprocess.Popen(
+                command, cwd=ROOT, stdout=told, stderr=subprocess.STDOUT, env={**os.environ, mark: "1"},
+                start_new_session=True, preexec_fn=hears_interrupts,
+            )  # fmt: skip
+
+    try:
+        process = start()
+        until(lambda: "-s1-fp32" in out.read_text() or process.poll() is not None)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        assert process.wait(60) == (130 if number == signal.SIGINT else -signal.SIGKILL), out.read_text()
+        until(lambda: {*processes_marked(mark)} <= agents_of_ray(number), 30)
+        left = {*processes_marked(mark)}
+        (ended,) = (results / "cells").iterdir()  # the first of two
+        before = ended.stat()
+        again = start()
+        assert again.wait(120) == 0, out.read_text()
+        until(lambda: {*processes_marked(mark)} <= left, 30)
+    finally:
+        for pid in processes_marked(mark):
+            os.kill(pid, signal.SIGKILL)
+    assert ended.stat() == before
+    assert contents(results) == undisturbed
+    assert not list((results / "running").iterdir()) and not list(results.rglob("*.tmp"))
+    assert not (results / ".lock.json").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- quiet
