@@ -2,20 +2,25 @@
 
     python benchmarks/cost_model.py measure [--models …] [--output docs/scaling/cost_model.json]
     python benchmarks/cost_model.py predict [--config FILE] [--set KEY=VALUE …] [--gpu-speedup 40] [--gpu-price 2.5]
+    python benchmarks/cost_model.py check RESULTS     a run of one thread that is there: what was predicted of it
 
 *measure* runs each step of a cell on random images with one thread, at several image sizes and numbers of images and
-groups, and fits seconds = sum of coefficient x feature for each kind and model, no coefficient below 0, by least
-squares of relative errors. One image size is held out: what the fit says of it is compared with the measurement, and
-the errors are printed and kept in the file. Seconds are those of the processor, so that other programs on the machine
-matter little; a machine of another kind needs measurements of its own.
+groups (POINTS), and fits seconds = sum of coefficient x feature for each kind and model, no coefficient below 0, by
+least squares of relative errors. One image size is held out: what the fit says of it is compared with the measurement,
+and the errors are printed and kept in the file. Seconds are those of the processor, so that other programs on the
+machine matter little; a machine of another kind needs measurements of its own.
 
 *predict* lists the cells that a config plans, with the sizes of the data sets as published where the config does not
 limit them, says what each costs, and schedules them as the runner does (benchmarks/schedule.py). **There is no GPU in
 it**: what a GPU does in less time is an assumption (`--gpu-speedup`, over one CPU core; one number, or MODEL=NUMBER),
-and applies to what passes images through a network. The rest (tracing, folding, scales of weights, statistics) stays on
-a CPU core. Prices are assumptions too. While a latency is measured the other cells of its machine stand still
-(`--per-machine`): that time is in it. Left out: fetching and decoding the data (benchmarks/data_pipeline.py), engines
-other than PyTorch, diagnostics, other data sets, and starting processes.
+and applies to what passes images through a network. The rest (tracing, folding, scales of weights, statistics, files)
+stays on a CPU core, and so does ONNX Runtime. On a GPU each cell has a process of its own, as it has on Ray, whose
+start is measured without the GPU's. Prices are assumptions too. While a latency is measured the other cells of its
+machine stand still (`--per-machine`): that time is in it. Left out: fetching and decoding the data
+(benchmarks/data_pipeline.py), engines other than PyTorch and ONNX Runtime, diagnostics, other data sets.
+
+*check* compares with the seconds in the log.jsonl of a results folder, kind by kind and model by model, and prints what
+share of the run the prediction is.
 
 Several machines may measure a model each (`--output`); `merge` makes one file of theirs.
 """
@@ -27,6 +32,8 @@ import contextlib
 import itertools
 import json
 import platform
+import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -43,40 +50,26 @@ from benchmarks.schedule import Task, critical_path, schedule
 from config import Config, load_config
 from evaluation import WARMUP
 from execution.order import longest_first, split_sizes
+from execution.run_log import RunLog
+from phases.complete import is_selected
 from phases.deploy import BATCHES, SINGLES
 from plan import Cell, plan
+from quantizers.calibration import CALIBRATION_BATCH
 from sections.base import MODELS
+from store import Store
 
+ROOT = Path(__file__).parent.parent
 OUTPUT = Path("docs/scaling/cost_model.json")
-BATCH = 32  # of training; of evaluation 128 in a config, which costs an image as much
-FIT_SIZES, HELD_OUT_SIZE = (64, 160), 112
-ITERATIONS = 3  # of reconstruction, beside 1: their difference is the cost of one
+FIT_SIZE, HELD_OUT_SIZE = 64, 96
+ITERATIONS = 4  # of reconstruction, beside 1: their difference is the cost of so many
+RECONSTRUCTION_BATCH = 32
+REPEATS, ENOUGH_SECONDS = 5, 2.0  # what is short is measured again
 
-STEP = ("one", "images", "image pixels")  # a training step of `images` images
-PASS = ("images", "image pixels")
+BATCH = ("one", "images", "image pixels")  # of one batch of `images` images
 CALIBRATION = ("one", "images", "image pixels")
 GROUPED = (*CALIBRATION, "groups")
-FEATURES = {
-    "training step": STEP,
-    "qat step": STEP,
-    "prediction, float": PASS,
-    "prediction, quantized": PASS,
-    "prediction, dynamic": PASS,
-    "sensitivity": PASS,
-    "reconstruction iteration": ("one", "pixels"),
-    "ptq_static": CALIBRATION,
-    "ptq_static, minmax": CALIBRATION,
-    "ptq_static, entropy": CALIBRATION,
-    "ptq_static, corrected": CALIBRATION,
-    "ptq_dynamic": ("one",),
-    "group_weighted_observers": GROUPED,
-    "minimax_ranges": GROUPED,
-    "fair_bias_correction": GROUPED,
-    "sensitive_channels": GROUPED,
-    "sensitive_layers": GROUPED,
-    "analysis": ("one", "cells", "cell images"),
-}
-APPLIED = {  # kind -> what apply_quantization is called with
+PREDICTION, ENGINE = ("float", "quantized", "dynamic"), ("engine float", "engine quantized")
+APPLIED = {  # kind -> what apply_quantization is called with; what the images show is known before, see "observation"
     "ptq_static": ("ptq_static", {}),
     "ptq_static, minmax": ("ptq_static", {"observer": "minmax"}),
     "ptq_static, entropy": ("ptq_static", {"observer": "entropy"}),
@@ -86,10 +79,51 @@ APPLIED = {  # kind -> what apply_quantization is called with
     "minimax_ranges": ("minimax_ranges", {}),
     "fair_bias_correction": ("fair_bias_correction", {}),
     "sensitive_channels": ("sensitive_channels", {}),
-    "sensitive_layers": ("sensitive_layers", {}),
+    "sensitive_layers": ("sensitive_layers", {"extra_operations": 1.0}),  # what it costs is measuring, on `images`
 }
-STAYS_ON_CPU = ("one", "groups")  # features whose cost no GPU divides, but for the kinds whose work is all its own:
-ALL_ON_GPU = ("training step", "qat step", "reconstruction iteration")  # the optimizer's step, rounding of weights
+GROUP_METHODS = tuple(APPLIED)[5:]
+FEATURES = {
+    "training step": BATCH,
+    "qat step": BATCH,
+    **{f"prediction, {way}": BATCH for way in (*PREDICTION, *ENGINE)},
+    "observation": BATCH,
+    "sensitivity": CALIBRATION,
+    "reconstruction iteration": ("one", "pixels"),
+    **{kind: GROUPED if kind in GROUP_METHODS else CALIBRATION for kind in APPLIED},
+    "ptq_dynamic": ("one",),
+    "packing": ("one",),  # the tensors' file
+    "export, float": ("one",),  # the ONNX file, and loading it
+    "export, quantized": ("one",),
+    "start": ("one",),  # of a process that imports what a cell needs
+    "analysis": ("one", "cells", "cell images"),
+}
+_STEPS = ((32, 8), (32, 32), (64, 8), (64, 32), (128, 8), (HELD_OUT_SIZE, 16))
+_PASSES = ((32, 1), (32, 32), (32, 128), (64, 1), (64, 128), (128, 32), (HELD_OUT_SIZE, 64))
+_OBSERVED = ((32, 16), (32, 64), (64, 16), (64, 64), (128, 16), (HELD_OUT_SIZE, 32))
+_CALIBRATED = ((32, 32), (32, 128), (64, 64), (128, 32), (HELD_OUT_SIZE, 64))
+_LAYERWISE = ((32, 8), (32, 32), (64, 16), (128, 4), (HELD_OUT_SIZE, 8))
+_SIZES = ((32, 1), (64, 1), (128, 1), (HELD_OUT_SIZE, 1))
+GROUPS = 2  # where nothing else is said
+# kind -> (image size, images) or (image size, images, groups)
+POINTS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "training step": _STEPS,
+    "qat step": ((32, 8), (32, 32), (64, 16), (128, 8), (HELD_OUT_SIZE, 8)),
+    **{f"prediction, {way}": _PASSES for way in (*PREDICTION, *ENGINE)},
+    "observation": _OBSERVED,
+    "sensitivity": _LAYERWISE,
+    "reconstruction iteration": tuple((size, RECONSTRUCTION_BATCH) for size, _ in _SIZES),
+    **{kind: _CALIBRATED for kind in APPLIED},
+    **{kind: (*_CALIBRATED, (32, 128, 8)) for kind in GROUP_METHODS},
+    "sensitive_layers": (*_LAYERWISE, (32, 32, 8)),
+    "ptq_dynamic": _SIZES,
+    "packing": _SIZES,
+    "export, float": _SIZES,
+    "export, quantized": _SIZES,
+}
+# features whose cost no GPU divides, but for the kinds whose work is all its own, or none of it
+STAYS_ON_CPU = ("one", "groups")
+ALL_ON_GPU = ("training step", "qat step", "reconstruction iteration", *(f"prediction, {way}" for way in PREDICTION))
+ALL_ON_CPU = (*(f"prediction, {way}" for way in ENGINE), "packing", "start", "analysis")
 
 
 @dataclass(frozen=True)
@@ -129,110 +163,202 @@ def measure(models: list[str], output: Path, kinds: list[str]) -> None:
 
     torch.set_num_threads(1)
     found: list[Measurement] = []
-    for name in models if kinds != ["analysis"] else []:
-        for size, (images, groups) in grid():
-            for measurement in measured(name, size, images, groups, kinds):
-                found.append(measurement)
-                print(
-                    f"{measurement.kind}, {name}, {size} px, {measurement.images} images, {measurement.groups} groups: "
-                    f"{measurement.seconds:.3f} s",
-                    flush=True,
-                )
+    for name in models if set(kinds) & set(POINTS) else []:
+        for measurement in measured(name, kinds):
+            found.append(measurement)
+            print(
+                f"{measurement.kind}, {name}, {measurement.image_size} px, {measurement.images} images, "
+                f"{measurement.groups} groups: {measurement.seconds:.3f} s",
+                flush=True,
+            )
         write(found, output)
+    if "start" in kinds:
+        found += [Measurement("start", "", FIT_SIZE, 1, 0, start_seconds()) for _ in range(3)]
     if "analysis" in kinds:
         found += measured_analysis()
     write(found, output)
 
 
-def grid() -> Iterator[tuple[int, tuple[int, int]]]:
-    """(image size, (images, groups)): at the small size also more of either; one of the size that is held out."""
-    yield from ((FIT_SIZES[0], sizes) for sizes in ((8, 2), (24, 2), (8, 4)))
-    yield FIT_SIZES[1], (4, 2)
-    yield HELD_OUT_SIZE, (6, 2)
+def measured(name: str, kinds: Sequence[str], sizes: Sequence[int] | None = None) -> Iterator[Measurement]:
+    """Of one model, at all points of its kinds, or at those of the given image sizes."""
+    points = [(size, kind, images, *groups) for kind in kinds for size, images, *groups in POINTS.get(kind, ())]
+    bench = None
+    for size, kind, images, *groups in sorted(points, key=lambda point: point[0]):
+        if sizes is not None and size not in sizes:
+            continue
+        if bench is None or bench.size != size:
+            bench = Bench(name, size)
+        n_groups = groups[0] if groups else GROUPS
+        start, took = time.perf_counter(), []
+        with quiet():
+            while len(took) < REPEATS and (not took or time.perf_counter() < start + ENOUGH_SECONDS):
+                took.append(bench.seconds(kind, images, n_groups))
+        yield Measurement(kind, name, size, images, n_groups, statistics.median(took))
 
 
-def measured(name: str, size: int, images: int, groups: int, kinds: list[str]) -> Iterator[Measurement]:
-    import torch
+class Bench:
+    """A network for images of one size, and what is made of it, on which steps are timed."""
 
-    from evaluation import predict
-    from models import build_model
-    from quantization import apply_quantization
-    from quantizers import ptq
-    from quantizers.sensitivity import measure_sensitivity
-    from sections.training import Training
-    from training import train
+    def __init__(self, name: str, size: int):
+        import torch
 
-    generator = torch.Generator().manual_seed(0)
-    batch = {
-        "image": torch.randn(images, 3, size, size, generator=generator).to(memory_format=torch.channels_last),
-        "label": torch.arange(images) // 2 % 2,
-        "sensitive": {"group": torch.arange(images) % groups},
-    }
-    model = build_model(name, 2, size, seed=0).to(memory_format=torch.channels_last)
-    settings = Training(epochs=1, batch_size=images)
-    is_more_groups = groups != 2
-    is_wanted = {kind: kind in kinds for kind in FEATURES}
+        from models import build_model
+        from sections.training import Training
+        from training import train
 
-    def result(kind: str, seconds: float) -> Measurement:
-        return Measurement(kind, name, size, images, groups, seconds)
+        self.size, self.models = size, {}
+        self.model = build_model(name, 2, size, seed=0).to(memory_format=torch.channels_last)
+        self.train = lambda batches: train(
+            self.model, batches, None, Training(epochs=1, batch_size=len(batches[0]["label"]))
+        )
+        self.train([self.batch(8)])  # BatchNorm has seen something
 
-    train(model, [batch], None, settings)  # BatchNorm has seen something; the libraries have chosen their kernels
-    if not is_more_groups and is_wanted["training step"]:
-        few, many = (seconds_of(lambda n=n: train(model, [batch] * n, None, settings)) for n in (1, 4))
-        yield result("training step", max(many - few, 0.0) / 3)
-    model.eval()
-    options = {"calibration_data": [batch], "activation_bits": 8}
-    quantized = {}
-    with quiet():
-        for kind, (method, more) in APPLIED.items():
-            if not is_wanted[kind] or (is_more_groups and "groups" not in FEATURES[kind]):
-                continue
-            more = {**more, "seed": 0} if method != "ptq_dynamic" else dict(more)
-            if method != "ptq_dynamic":
-                more["calibration_samples"] = images
-            if "groups" in FEATURES[kind]:
-                more["attributes"] = ["group"]
-            if method == "sensitive_layers":
-                more["sensitivity_samples"] = images
+    def batch(self, images: int, groups: int = GROUPS) -> dict:
+        import torch
 
-            def run(kind=kind, method=method, more=more):
-                quantized[kind] = apply_quantization(model, method, 4, **options, **more)
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(images, 3, self.size, self.size, generator=generator)
+        return {
+            "image": image.to(memory_format=torch.channels_last),
+            "label": torch.arange(images) // 2 % 2,
+            "sensitive": {"group": torch.arange(images) % groups},
+        }
 
-            yield result(kind, seconds_of(run))
-        if is_more_groups:
-            return
-        if is_wanted["sensitivity"]:
-            attached = ptq.attach(model, batch["image"], "mixed_precision", 4, 8, ptq.Recipe())
-            yield result("sensitivity", seconds_of(lambda: measure_sensitivity(attached, batch["image"])))
-        if is_wanted["reconstruction iteration"]:
-            learn = {"rounding": "adaround", "calibration_samples": images, "seed": 0}
-            one, more = (
-                seconds_of(
-                    lambda n=n: apply_quantization(
-                        model, "ptq_static", 4, **options, **learn, reconstruction_iterations=n
-                    )
-                )
-                for n in (1, 1 + ITERATIONS)
-            )
-            # a batch of reconstruction has 32 images where there are as many
-            yield result("reconstruction iteration", max(more - one, 0.0) / ITERATIONS * BATCH / min(images, BATCH))
-        if is_wanted["qat step"]:
-            own = {"calibration_samples": images, "epochs": 1, "batch_size": images}
-            few, many = (
-                seconds_of(lambda n=n: apply_quantization(model, "qat", 4, **options, **own, train_data=[batch] * n))
-                for n in (1, 3)
-            )
-            yield result("qat step", max(many - few, 0.0) / 2)
-    ways = {"float": model, "quantized": quantized.get("ptq_static"), "dynamic": quantized.get("ptq_dynamic")}
-    for way, predictor in ways.items():
-        if predictor is not None and is_wanted[f"prediction, {way}"]:
-            yield result(
-                f"prediction, {way}", min(seconds_of(lambda p=predictor: predict(p, [batch])) for _ in range(2))
-            )
+    def seconds(self, kind: str, images: int, groups: int) -> float:
+        batch = self.batch(images, groups)
+        if kind == "training step":
+            self.train([batch])  # the libraries have chosen their kernels
+            few, many = (seconds_of(lambda n=n: self.train([batch] * n)) for n in (1, 4))
+            return max(many - few, 0.0) / 3
+        self.model.eval()
+        if kind in APPLIED:
+            return self.applied(kind, batch)
+        if kind == "observation":
+            return self.observation(batch)
+        if kind.startswith("prediction, "):
+            return self.prediction(kind.removeprefix("prediction, "), batch)
+        if kind.startswith("export, "):
+            return seconds_of(lambda: self.engine(kind.removeprefix("export, ")))
+        return {
+            "sensitivity": self.sensitivity,
+            "reconstruction iteration": self.reconstruction,
+            "qat step": self.qat_step,
+            "packing": self.packing,
+        }[kind](batch)
+
+    def quantized(self, method: str, batch: dict, **options):
+        """Weights and activations of 4 bits."""
+        from quantization import apply_quantization
+
+        return apply_quantization(self.model, method, 4, calibration_data=[batch], activation_bits=4, **options)
+
+    def applied(self, kind: str, batch: dict) -> float:
+        """Less the pass of the calibration images, which cells share."""
+        from quantizers.calibration import observing_through
+
+        method, options = APPLIED[kind]
+        if method != "ptq_dynamic":
+            options = {**options, "seed": 0, "calibration_samples": len(batch["label"])}
+        if kind in GROUP_METHODS:
+            options["attributes"] = ["group"]
+        if method == "sensitive_layers":
+            options["sensitivity_samples"] = len(batch["label"])
+        observing = 0.0
+
+        def source(model, images, look):
+            nonlocal observing
+            start = time.process_time()
+            found = look()
+            observing += time.process_time() - start
+            return found
+
+        with observing_through(source):
+            return seconds_of(lambda: self.quantized(method, batch, **options)) - observing
+
+    def observation(self, batch: dict) -> float:
+        from quantizers import calibration, ptq
+
+        attached = ptq.attach(self.model, batch["image"], "ptq_static", 4, 4, ptq.Recipe())
+        return seconds_of(lambda: calibration.observe(attached, batch["image"]))
+
+    def sensitivity(self, batch: dict) -> float:
+        from quantizers import ptq
+        from quantizers.sensitivity import measure_sensitivity
+
+        attached = ptq.attach(self.model, batch["image"], "mixed_precision", 4, 8, ptq.Recipe())
+        return seconds_of(lambda: measure_sensitivity(attached, batch["image"]))
+
+    def reconstruction(self, batch: dict) -> float:
+        learn = {"rounding": "adaround", "calibration_samples": len(batch["label"]), "seed": 0}
+        few, many = (
+            seconds_of(lambda n=n: self.quantized("ptq_static", batch, **learn, reconstruction_iterations=n))
+            for n in (1, 1 + ITERATIONS)
+        )
+        return max(many - few, 0.0) / ITERATIONS
+
+    def qat_step(self, batch: dict) -> float:
+        images = len(batch["label"])
+        own = {"calibration_samples": images, "epochs": 1, "batch_size": images}
+        few, many = (
+            seconds_of(lambda n=n: self.quantized("qat", batch, **own, train_data=[batch] * n)) for n in (1, 4)
+        )
+        return max(many - few, 0.0) / 3
+
+    def packing(self, batch: dict) -> float:
+        import tempfile
+
+        from evaluation import write_model
+
+        with tempfile.TemporaryDirectory() as folder:
+            return seconds_of(lambda: write_model(self.of("quantized"), Path(folder) / "model"))
+
+    def prediction(self, way: str, batch: dict) -> float:
+        from evaluation import predict
+
+        predictor = self.of(way)
+        predict(predictor, [batch], "cpu")  # the libraries have chosen their kernels
+        return seconds_of(lambda: predict(predictor, [batch], "cpu"))
+
+    def of(self, way: str):
+        """What predicts that way, made once."""
+        if way not in self.models:
+            self.models[way] = self.made(way)
+        return self.models[way]
+
+    def made(self, way: str):
+        if way == "float":
+            return self.model
+        if way == "quantized":
+            return self.quantized("ptq_static", self.batch(8), calibration_samples=8, seed=0)
+        if way == "dynamic":
+            return self.quantized("ptq_dynamic", self.batch(8))
+        return self.engine(way.removeprefix("engine "))
+
+    def engine(self, way: str):
+        """ONNX Runtime with the exported model."""
+        import tempfile
+
+        import torch
+
+        from deployment import export_onnx, load_engine
+
+        model, example = self.of(way), torch.zeros(1, 3, self.size, self.size)
+        with tempfile.TemporaryDirectory() as folder:
+            return load_engine(export_onnx(model, Path(folder) / "model.onnx", example).path, "onnxruntime", threads=1)
 
 
-def measured_analysis(sizes=((30, 2000), (60, 2000), (60, 6000)), held_out=(45, 4000)) -> Iterator[Measurement]:
-    """The analysis of generated studies with the attributes of FairFace (7 races, 2 genders, 14 intersections)."""
+def start_seconds() -> float:
+    """Wall time until a new process has imported what a cell needs."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import phases.baseline, phases.derived"], cwd=ROOT, check=True)
+    return time.perf_counter() - start
+
+
+def measured_analysis(
+    sizes=((40, 2000), (160, 2000), (40, 8000), (160, 8000)), held_out=(320, 4000)
+) -> Iterator[Measurement]:
+    """The analysis of generated studies with the attributes of FairFace (7 races, 2 genders, 14 intersections), in wall
+    time: it waits for what draws."""
     import tempfile
 
     from benchmarks import analysis_speed
@@ -243,9 +369,11 @@ def measured_analysis(sizes=((30, 2000), (60, 2000), (60, 6000)), held_out=(45, 
     for cells, images in (*sizes, held_out):
         with tempfile.TemporaryDirectory() as folder, quiet():
             planned = analysis_speed.write_study(Path(folder), config, cells, images)
-            run = lambda: analysis.analyse(config, Store(Path(folder)), planned, lambda *told: None)  # noqa: B023, E731
-            size = HELD_OUT_SIZE if (cells, images) == held_out else FIT_SIZES[0]
-            yield Measurement("analysis", "", size, images, 14, seconds_of(run), cells)
+            run = lambda: analysis.analyse(config, Store(Path(folder)), planned, lambda *told: None)  # noqa: E731, B023
+            size = HELD_OUT_SIZE if (cells, images) == held_out else FIT_SIZE
+            start = time.perf_counter()
+            run()
+            yield Measurement("analysis", "", size, images, 14, time.perf_counter() - start, cells)
 
 
 def seconds_of(run: Callable[[], object]) -> float:
@@ -363,79 +491,105 @@ class CostModel:
             raise SystemExit(f"{model}: its costs have not been measured; run cost_model.py measure --models {model}")
         known = features(image_size, images, groups, cells)
         parts = {name: value * known[name] for name, value in models[model]["coefficients"].items()}
+        if kind in ALL_ON_CPU:
+            return Seconds(cpu=sum(parts.values()))
         stays = () if kind in ALL_ON_GPU else STAYS_ON_CPU
         cpu = sum(seconds for name, seconds in parts.items() if name in stays)
         return Seconds(sum(parts.values()) - cpu, cpu)
 
-    def analysis(self, config: Config, cells: int) -> float:
-        """Seconds of the analysis phase, over the largest test split."""
-        test = max(split_sizes(config, name)[2] for name in config.data.dataset)
-        return self.step("analysis", "", 0, test, 0, cells).on()
+    def start(self) -> float:
+        """Seconds until a new process has imported what a cell needs."""
+        return self.step("start", "").on()
+
+    def analysis(self, cells: Sequence[Cell], config: Config) -> float:
+        """Seconds of the analysis phase, over the mean test split of the cells."""
+        test = float(np.mean([split_sizes(config, cell.dataset)[2] for cell in cells]))
+        return self.step("analysis", "", 0, test, 0, len(cells)).on()
 
     def cells(self, config: Config) -> list[tuple[Cell, Seconds]]:
-        """Each planned cell with its cost, phase by phase, in the order in which workers get them; a sensitivity table
-        is paid by the first that needs it."""
+        """Each planned cell with its cost, phase by phase, in the order in which workers get them; what cells share is
+        paid by the first that needs it."""
         paid: set[tuple] = set()
         ordered = [cell for cells in plan(config).values() for cell in longest_first(cells, config)]
         return [(cell, self.cell(cell, config, paid)) for cell in ordered]
 
     def alone(self, cell: Cell, config: Config) -> Seconds:
-        """Of measuring its latency as PyTorch computes it, while the other cells of the machine stand still."""
-        if not config.deployment.latency:
-            return Seconds()
-        repeats = config.deployment.latency_repeats
-        images = sum(batch * (WARMUP + repeats * (SINGLES if batch == 1 else 1)) for batch in BATCHES)
-        way = {"none": "float", "ptq_dynamic": "dynamic"}.get(cell.method, "quantized")
-        return self.step(f"prediction, {way}", cell.model, config.dataset(cell.dataset).image_size, images)
+        """Of measuring its latencies, while the other cells of the machine stand still."""
+        ways = [{"none": "float", "ptq_dynamic": "dynamic"}.get(cell.method, "quantized")]
+        ways += [f"engine {ways[0]}"] if _runs_engine(cell, config) else []
+        total = Seconds()
+        if config.deployment.latency:
+            repeats = config.deployment.latency_repeats
+            for way, batch in itertools.product(ways, BATCHES):
+                passes = WARMUP + repeats * (SINGLES if batch == 1 else 1)
+                total += self._batch(f"prediction, {way}", cell, config, batch) * passes
+        return total
 
     def cell(self, cell: Cell, config: Config, paid: set[tuple] | None = None) -> Seconds:
-        """What it costs, its latency included."""
-        return self._work(cell, config, paid) + self.alone(cell, config)
+        """What it costs, its latencies included; `paid` is what cells before it have left for it."""
+        return self._work(cell, config, set() if paid is None else paid) + self.alone(cell, config)
 
-    def _work(self, cell: Cell, config: Config, paid: set[tuple] | None) -> Seconds:
-        size = config.dataset(cell.dataset).image_size
+    def _batch(self, kind: str, cell: Cell, config: Config, images: int) -> Seconds:
+        return self.step(kind, cell.model, config.dataset(cell.dataset).image_size, images)
+
+    def _batches(self, kind: str, cell: Cell, config: Config, images: int, size: int) -> Seconds:
+        """Of a kind that works batch by batch: whole batches of `size`, and what is left."""
+        total = self._batch(kind, cell, config, size) * (images // size)
+        return total + self._batch(kind, cell, config, images % size) if images % size else total
+
+    def _work(self, cell: Cell, config: Config, paid: set[tuple]) -> Seconds:
         train, validation, test = split_sizes(config, cell.dataset)
         o = cell.options
 
         def step(kind: str, images: float = 0, groups: int = 0) -> Seconds:
-            return self.step(kind, cell.model, size, images, groups)
+            return self.step(kind, cell.model, config.dataset(cell.dataset).image_size, images, groups)
 
+        def batches(kind: str, images: int, size: int = config.run.evaluation_batch_size) -> Seconds:
+            return self._batches(kind, cell, config, images, size)
+
+        def once(what: Seconds, *key: object) -> Seconds:
+            if (cell.baseline_cell, *key) in paid:
+                return Seconds()
+            paid.add((cell.baseline_cell, *key))
+            return what
+
+        way = {"none": "float", "ptq_dynamic": "dynamic"}.get(cell.method, "quantized")
+        total = batches(f"prediction, {way}", test) + step("packing")
+        if is_selected(cell, (*config.deployment.cells, *config.deployment.export)) and way != "dynamic":
+            total += step(f"export, {way}")
+        if _runs_engine(cell, config):
+            total += batches(f"prediction, engine {way}", test)
         if cell.phase == "baseline":
             settings = config.training.for_model(cell.model)
-            seen = min(train, settings.max_train or train)
-            steps = seen / settings.batch_size
-            epoch = step("training step", settings.batch_size) * steps + step("prediction, float", validation)
-            return epoch * settings.epochs + step("prediction, float", test)
+            epoch = batches("training step", min(train, settings.max_train or train), settings.batch_size)
+            return total + (epoch + batches("prediction, float", validation)) * settings.epochs
         if cell.method == "ptq_dynamic":
-            return step("ptq_dynamic") + step("prediction, dynamic", test)
-        groups = n_groups(config, cell)
-        samples = o.get("calibration_samples", 0)
-        name = cell.strategy or cell.method
-        is_trained = cell.method == "qat"
-        if is_trained:
-            name = o.get("start", "ptq_static")
-        base = self._calibration_kind(o.get("start", name) if name == "output_calibration" else name, o)
-        total = step(base, samples, groups)
+            return total + step("ptq_dynamic")
+        groups, samples = n_groups(config, cell), o.get("calibration_samples", 0)
+        draw = (None if name_of(cell) in AS_THEY_COME else o.get("balance"), samples)  # of calibration images
+        name = o.get("start", "ptq_static") if cell.method == "qat" else name_of(cell)
+        started = o.get("start", name) if name == "output_calibration" else name
+        observed = batches("observation", samples, CALIBRATION_BATCH)
+        total += once(observed, "observation", *draw, bool(o.get("equalize")))
+        images = o.get("sensitivity_samples", samples) if started == "sensitive_layers" else samples
+        total += step(self._calibration_kind(started, o), images, groups)
         if cell.method == "mixed_precision" or name == "fair_mixed_precision":
-            key = (cell.baseline_cell, o.get("balance"), samples, o.get("sensitivity_samples"), str(o.get("widths")))
-            if paid is None or key not in paid:
-                total += step("sensitivity", o.get("sensitivity_samples", samples))
-            if paid is not None:
-                paid.add(key)
+            watched = o.get("sensitivity_samples", samples)
+            total += once(step("sensitivity", watched), "sensitivity", *draw, watched, str(o.get("widths")))
         if o.get("rounding") == "adaround" or name == "fair_reconstruction":
-            total += step("reconstruction iteration") * o.get("reconstruction_iterations", 300)
+            learned = step("reconstruction iteration") * o.get("reconstruction_iterations", 300)
+            total += learned * (2.0 if started == "sensitive_layers" else 1.0)  # it compares two models
         if name == "threshold_adjustment":
-            total += step("prediction, quantized", validation)
+            total += batches("prediction, quantized", validation)
         if name == "output_calibration":  # the logits of both models, after what it starts from
-            total += step("prediction, float", samples) + step("prediction, quantized", samples)
-        if is_trained:
+            total += batches("prediction, float", samples) + batches("prediction, quantized", samples)
+        if cell.method == "qat":
             seen = min(train, o.get("max_train") or train)
-            epoch = step("qat step", o["batch_size"]) * (seen / o["batch_size"])
-            epoch += step("prediction, quantized", validation)
+            epoch = batches("qat step", seen, o["batch_size"]) + batches("prediction, quantized", validation)
             if cell.strategy == "distillation":
-                epoch += step("prediction, float", seen)
+                epoch += batches("prediction, float", seen, o["batch_size"])
             total += epoch * o["epochs"]
-        return total + step("prediction, quantized", test)
+        return total
 
     def _calibration_kind(self, name: str, options: dict) -> str:
         if name in GROUP_KINDS:
@@ -456,6 +610,23 @@ GROUP_KINDS = {
 }
 
 
+AS_THEY_COME = ("group_weighted_observers", "threshold_adjustment")  # repairs that calibrate on a plain draw
+
+
+def name_of(cell: Cell) -> str:
+    return cell.strategy or cell.method
+
+
+def kind_of(cell: Cell) -> str:
+    return "baseline" if cell.phase == "baseline" else name_of(cell)
+
+
+def _runs_engine(cell: Cell, config: Config) -> bool:
+    """Whether ONNX Runtime runs it, which has no ranges that depend on the image."""
+    is_run = is_selected(cell, config.deployment.cells) and cell.method != "ptq_dynamic"
+    return is_run and "onnxruntime" in config.deployment.engines
+
+
 VALUES = {"race": {"fairface": 7, "utkface": 5}, "age_group": {"fairface": 3, "utkface": 3}, "age": {"fairface": 9}}
 
 
@@ -468,13 +639,16 @@ def n_groups(config: Config, cell: Cell) -> int:
     return int(np.prod([VALUES.get(name, {}).get(cell.dataset, 2) for name in names]))
 
 
-def tasks_of(costs: list[tuple[Cell, Seconds]], speedup: Callable[[str], float], analysis: float) -> list[Task]:
+def tasks_of(
+    costs: list[tuple[Cell, Seconds]], speedup: Callable[[str], float], analysis: float, start: float = 0.0
+) -> list[Task]:
+    """`start`: seconds that each cell needs beside, for a process of its own."""
     phases = {"baseline": 0, "quantization": 1, "mitigation": 2}
     tasks = [
         Task(
             cell.id,
             phases[cell.phase],
-            seconds.on(speedup(cell.model)),
+            start + seconds.on(speedup(cell.model)),
             () if cell.baseline_cell is None else (cell.baseline_cell,),
         )
         for cell, seconds in costs
@@ -486,7 +660,7 @@ def predict(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.set)
     model = CostModel.read(arguments.model)
     costs = model.cells(config)
-    analysis = model.analysis(config, len(costs))
+    analysis = model.analysis([cell for cell, _ in costs], config)
     gpu = speedups(arguments.gpu_speedup)
     print(
         f"{len(costs)} cells: " + ", ".join(f"{n} {phase}" for phase, n in Counter(c.phase for c, _ in costs).items())
@@ -495,7 +669,8 @@ def predict(arguments: argparse.Namespace) -> None:
     print(
         "\nassumed, not measured: a GPU passes images so many times as fast as one CPU core: "
         + ", ".join(f"{name} {gpu(name):g}" for name in config.models.architectures)
-        + f"; {arguments.cpu_price:g} a core-hour, {arguments.gpu_price:g} a GPU-hour, idle ones paid\n"
+        + f"; {arguments.cpu_price:g} a core-hour, {arguments.gpu_price:g} a GPU-hour, idle ones paid; a cell on a GPU "
+        f"has a process of its own, which starts in {model.start():.1f} s here\n"
     )
     print(
         "| workers | hours | of these standing still | busy | bound: work / workers (h) | critical path (h) | "
@@ -503,10 +678,10 @@ def predict(arguments: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for label, workers, speedup, price in (
-        ("1 CPU core", 1, lambda name: 1.0, arguments.cpu_price),
+        ("1 CPU core", 1, one_core, arguments.cpu_price),
         *((f"{n} GPU{'s' if n > 1 else ''}", n, gpu, arguments.gpu_price) for n in (1, 8, 64)),
     ):
-        tasks = tasks_of(costs, speedup, analysis)
+        tasks = tasks_of(costs, speedup, analysis, 0.0 if speedup is one_core else model.start())
         found = schedule(tasks, workers)
         work = sum(task.seconds for task in tasks)
         path, names = critical_path(tasks)
@@ -516,11 +691,15 @@ def predict(arguments: argparse.Namespace) -> None:
         )
         hours = (found.makespan + still) / 3600
         print(
-            f"| {label} | {hours:.1f} | {still / 3600:.1f} | {work / workers / 3600 / hours:.0%} | "
-            f"{work / workers / 3600:.1f} | {path / 3600:.1f} | {(free + still) / 3600:.1f} | "
+            f"| {label} | {hours:.2f} | {still / 3600:.2f} | {work / workers / 3600 / hours:.0%} | "
+            f"{work / workers / 3600:.2f} | {path / 3600:.2f} | {(free + still) / 3600:.2f} | "
             f"{workers * hours * price:.0f} |"
         )
     print("\ncritical path with 64 GPUs: " + " -> ".join(names))
+
+
+def one_core(model: str) -> float:
+    return 1.0
 
 
 def standing_still(alone: Sequence[float], workers: int, per_machine: int) -> float:
@@ -533,7 +712,7 @@ def standing_still(alone: Sequence[float], workers: int, per_machine: int) -> fl
 def table_of_kinds(costs: list[tuple[Cell, Seconds]]) -> None:
     by_kind: dict[str, list[float]] = defaultdict(list)
     for cell, seconds in costs:
-        by_kind[cell.strategy or (cell.method if cell.phase != "baseline" else "baseline")].append(seconds.on())
+        by_kind[kind_of(cell)].append(seconds.on())
     total = sum(itertools.chain.from_iterable(by_kind.values()))
     print("\n| kind | cells | minutes of a core, median | largest | share of all |\n|---|---|---|---|---|")
     for kind, seconds in sorted(by_kind.items(), key=lambda item: -sum(item[1])):
@@ -541,6 +720,35 @@ def table_of_kinds(costs: list[tuple[Cell, Seconds]]) -> None:
             f"| {kind} | {len(seconds)} | {np.median(seconds) / 60:.1f} | {max(seconds) / 60:.1f} | "
             f"{sum(seconds) / total:.1%} |"
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------- check
+
+
+def check(results: Path, model: CostModel) -> int:
+    """Print what was predicted of the cells that a run has computed, and what they took, by its log."""
+    config = load_config(results / "config.yaml", [])
+    if config.run.threads_per_cell != 1:
+        print(f"{results}: {config.run.threads_per_cell} threads a cell; what is predicted is of one", file=sys.stderr)
+    records = [record for record in RunLog(Store(results)).read() if record["status"] == "done" and record["cell"]]
+    taken = {record["cell"]: record for record in records if not record.get("again")}
+    planned = {cell.id: cell for cells in plan(config).values() for cell in cells}
+    ran = sorted((record["start"], planned[name]) for name, record in taken.items() if name in planned)
+    if not ran:
+        print(f"{results}: no cell of its config is done", file=sys.stderr)
+        return 2
+    paid: set[tuple] = set()
+    pairs = [(cell, model.cell(cell, config, paid).on(), taken[cell.id]["seconds"]) for _, cell in ran]
+    print("| what | cells | measured (s) | predicted (s) | predicted / measured | median error of a cell |")
+    print("|---|---|---|---|---|---|")
+    for label in (kind_of, lambda cell: cell.model, lambda cell: "all"):
+        for name in sorted({label(cell) for cell, _, _ in pairs}):
+            said, took = np.array([pair[1:] for pair in pairs if label(pair[0]) == name]).T
+            print(
+                f"| {name} | {len(took)} | {took.sum():.0f} | {said.sum():.0f} | {said.sum() / took.sum():.2f} | "
+                f"{np.median(np.abs(said / took - 1)):.0%} |"
+            )
+    return 0
 
 
 DEFAULT_SPEEDUP = 40.0
@@ -568,6 +776,9 @@ def main() -> None:
     predicting.add_argument("--cpu-price", type=float, default=0.05)
     predicting.add_argument("--gpu-price", type=float, default=2.5)
     predicting.add_argument("--per-machine", type=int, default=8, help="workers that wait for each other's latencies")
+    checking = actions.add_parser("check")
+    checking.add_argument("results", type=Path)
+    checking.add_argument("--model", type=Path, default=OUTPUT)
     merging = actions.add_parser("merge")
     merging.add_argument("files", type=Path, nargs="+")
     merging.add_argument("--output", type=Path, default=OUTPUT)
@@ -577,6 +788,8 @@ def main() -> None:
         write([Measurement(**each) for each in itertools.chain.from_iterable(parts)], arguments.output)
     elif arguments.action == "measure":
         measure(arguments.models, arguments.output, arguments.kinds)
+    elif arguments.action == "check":
+        sys.exit(check(arguments.results, CostModel.read(arguments.model)))
     else:
         predict(arguments)
 

@@ -51,7 +51,8 @@ def main() -> int:
     config = load_config(arguments.config, [*arguments.set, *own])
     model = CostModel.read(arguments.model)
     costs = model.cells(config)
-    tasks = tasks_of(costs, speedups(arguments.gpu_speedup), model.analysis(config, len(costs)))
+    analysis = model.analysis([cell for cell, _ in costs], config)
+    tasks = tasks_of(costs, speedups(arguments.gpu_speedup), analysis, model.start())
     predicted = schedule(tasks, arguments.workers).makespan
     scale = 60 * arguments.minutes / predicted
     with dry_cluster(config, arguments.workers) as cluster:

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import cost_model
-from benchmarks.cost_model import FEATURES, CostModel, Measurement, fit, split_sizes, standing_still, tasks_of
+from benchmarks.cost_model import FEATURES, CostModel, Measurement, check, fit, split_sizes, standing_still, tasks_of
 from benchmarks.schedule import Task, critical_path, schedule
-from config import load_config
+from config import dump_config, load_config
+from execution.run_log import RunLog
+from phases.complete import is_selected
+from store import Store
 
 TWO = [  # two checkpoints: one is there after 2, one after 4
     Task("b1", 0, 2.0),
@@ -143,7 +146,7 @@ def model() -> CostModel:
                     for k, feature in enumerate(FEATURES[kind])
                 }
             }
-            for name in (MODELS if kind != "analysis" else ("",))
+            for name in (MODELS if kind in cost_model.POINTS else ("",))
         }
         for j, kind in enumerate(FEATURES)
     }
@@ -155,32 +158,69 @@ def study(*overrides: str):
     return load_config("configs/study.yaml", [models, "data.dataset=[fairface]", *overrides])
 
 
+def coefficients(kind: str) -> tuple[float, ...]:
+    """Of the model above, in the order of the kind's features."""
+    place = list(FEATURES).index(kind) + 1
+    return tuple((1.0 if name == "one" else 0.01) * (k + 1) * place for k, name in enumerate(FEATURES[kind]))
+
+
+def of_batches(kind: str, *sizes: int) -> float:
+    """Seconds of batches of so many images of 64 x 64 pixels."""
+    one, image, image_pixels = coefficients(kind)
+    return sum(one + image * size + image_pixels * size * 64**2 / 1e6 for size in sizes)
+
+
+def only(costs, config, **identity):
+    """The seconds of the one planned cell that is such."""
+    (found,) = (
+        seconds for cell, seconds in costs.cells(config) if all(getattr(cell, key) == identity[key] for key in identity)
+    )
+    return found
+
+
 def test_a_baseline_by_hand(model):
-    """FairFace, 64 px: 86,744 images, of which 10 % are for validation; 2 epochs in batches of 32."""
-    config = study("training.epochs=2", "deployment.latency=false")
+    """FairFace, 64 px: 86,744 images, of which 10 % are for validation; 2 epochs in batches of 32, others of 128."""
+    config = study("training.epochs=2", "deployment.latency=false", "deployment.cells=[]", "deployment.export=[]")
     assert split_sizes(config, "fairface") == (78_070, 8_674, 10_954)
-    (seconds,) = (
-        seconds for cell, seconds in model.cells(config) if (cell.phase, cell.model) == ("baseline", "mobilenet_v2")
+    seconds = only(model, config, phase="baseline", model="mobilenet_v2")
+    training = of_batches("training step", *[32] * 2439, 22)
+    validation = of_batches("prediction, float", *[128] * 67, 98)
+    test = of_batches("prediction, float", *[128] * 85, 74)
+    (packing,) = coefficients("packing")
+    assert seconds.on() == pytest.approx(2 * (training + validation) + test + packing)
+    assert seconds.cpu == pytest.approx(packing)  # a GPU does the rest; of a calibration it leaves the fixed part
+    assert model.step("ptq_static", "mobilenet_v2", 64, 10).cpu == pytest.approx(coefficients("ptq_static")[0])
+
+
+def test_what_is_deployed_is_exported_and_run(model):
+    none = study("deployment.latency=false", "deployment.cells=[]", "deployment.export=[]")
+    exported = study("deployment.latency=false", "deployment.cells=[]", "deployment.export=['*:none:FP32']")
+    run = study("deployment.latency=false", "deployment.cells=['*:none:FP32']", "deployment.export=[]")
+    other = study("deployment.latency=false", "deployment.cells=['*:none:FP32']", "deployment.engines=[openvino]")
+    plain, with_file, with_engine, with_other = (
+        only(model, config, phase="baseline", model="resnet50") for config in (none, exported, run, other)
     )
-    pixels = 64**2 / 1e6
-    step = 1.0 + 0.02 * 32 + 0.03 * 32 * pixels  # the first kind
-    predicting = 3 * (0.01 + 0.02 * pixels)  # the third, an image
-    expected = 2 * (78_070 / 32 * step + 8_674 * predicting) + 10_954 * predicting
-    assert seconds.on() == pytest.approx(expected)
-    assert seconds.cpu == 0  # a GPU does all of a training; of a calibration it leaves the fixed part
-    assert model.step("ptq_static", "mobilenet_v2", 64, 10).cpu == pytest.approx(
-        1.0 * (list(FEATURES).index("ptq_static") + 1)
-    )
+    (export,) = coefficients("export, float")
+    engine = of_batches("prediction, engine float", *[128] * 85, 74)
+    assert with_file.on() - plain.on() == pytest.approx(export)
+    assert with_engine.on() - plain.on() == pytest.approx(export + engine)
+    assert with_engine.cpu - plain.cpu == pytest.approx(export + engine)  # ONNX Runtime runs on the CPU
+    assert with_other.on() == pytest.approx(with_file.on())  # what other engines take was not measured
 
 
 def test_latencies_are_measured_one_after_the_other_on_a_machine(model):
+    """22 passes of an image and 7 of 32, two of each for warming up; also of the engine where one runs the cell."""
     quietly, measuring = study("deployment.latency=false"), study("deployment.latency_repeats=5")
-    cells = dict(model.cells(measuring))
+    cells, kinds = dict(model.cells(measuring)), set()
     for cell, seconds in model.cells(quietly):
-        kind = {"none": "float", "ptq_dynamic": "dynamic"}.get(cell.method, "quantized")
-        passes = model.step(f"prediction, {kind}", cell.model, 64, 22 * 1 + 7 * 32)  # two of each are for warming up
-        assert cells[cell].on() == pytest.approx(seconds.on() + passes.on())
+        way = {"none": "float", "ptq_dynamic": "dynamic"}.get(cell.method, "quantized")
+        is_run = is_selected(cell, measuring.deployment.cells)
+        ways = [way, f"engine {way}"] if is_run else [way]
+        kinds.add((way, is_run))
+        passes = sum(of_batches(f"prediction, {way}", *[1] * 22, *[32] * 7) for way in ways)
+        assert cells[cell].on() == pytest.approx(seconds.on() + passes)
         assert model.alone(cell, quietly).on() == 0
+    assert kinds == {("float", True), ("dynamic", False), ("quantized", True), ("quantized", False)}
     assert standing_still([1.0, 2.0, 3.0], 1, 8) == 0  # nobody else is there
     assert standing_still([1.0, 2.0, 3.0], 3, 8) == pytest.approx(4)  # each waits for the others' two thirds
     assert standing_still([1.0, 2.0, 3.0], 2, 1) == 0
@@ -214,10 +254,76 @@ def test_every_cell_of_the_study_has_a_cost_and_a_task(model):
     assert makespans[0] > makespans[1] > makespans[2] >= critical_path(tasks)[0] - 1e-6
 
 
-def test_the_table_of_sensitivities_is_paid_once(model):
-    config = study(
-        "quantization.methods=[mixed_precision]", "quantization.bit_widths=[4, 8]", "mitigation.strategies=[]"
-    )
-    (_, first), (_, second) = [each for each in model.cells(config) if each[0].model == MODELS[0]][1:]
-    samples = config.quantization.mixed_precision.sensitivity_samples
-    assert first.on() - second.on() == pytest.approx(model.step("sensitivity", MODELS[0], 64, samples).on())
+def test_what_cells_share_is_paid_once(model):
+    """A table of sensitivities, and the pass of the calibration images, in batches of 64."""
+    plain = ("mitigation.strategies=[]", "deployment.cells=[]", "deployment.export=[]", "deployment.latency=false")
+    config = study("quantization.methods=[mixed_precision]", "quantization.bit_widths=[4, 8]", *plain)
+    first, second = (seconds for cell, seconds in model.cells(config) if cell.model == MODELS[0] and cell.baseline_cell)
+    samples = config.quantization.mixed_precision
+    table = model.step("sensitivity", MODELS[0], 64, samples.sensitivity_samples).on()
+    passed = of_batches("observation", *[64] * (samples.calibration_samples // 64))
+    assert samples.calibration_samples % 64 == 0 and first.on() - second.on() == pytest.approx(table + passed)
+
+    def passes(*settings: str) -> int:
+        config = study("quantization.methods=[ptq_static]", "quantization.bit_widths=[4, 8]", *settings, *plain[1:])
+        cells = [cell for cell, _ in model.cells(config) if cell.baseline_cell]
+        paid: set = set()
+        alone = sum(model.cell(cell, config).on() for cell in cells)
+        return round((alone - sum(model.cell(cell, config, paid).on() for cell in cells)) / passed)
+
+    assert passes("mitigation.strategies=[]") == len(MODELS)  # one of two
+    # a balanced draw is another one, a plain draw is not
+    assert passes("mitigation.strategies=[bias_aware_calibration]") == 2 * len(MODELS)
+    assert passes("mitigation.strategies=[group_weighted_observers]") == 3 * len(MODELS)
+
+
+def test_a_gpus_cells_have_processes_of_their_own(model):
+    costs = model.cells(study())
+    tasks = [tasks_of(costs, lambda name: 2.0, 10.0, start) for start in (0.0, 3.0)]
+    for (_, seconds), plain, started in zip(costs, *tasks, strict=False):
+        assert plain.seconds == pytest.approx(seconds.on(2.0)) and started.seconds == pytest.approx(3 + plain.seconds)
+    assert model.start() == coefficients("start")[0] and tasks[1][-1].seconds == 10.0
+
+
+def test_every_kind_is_really_measured(monkeypatch):
+    """One point each, of the smallest network."""
+    monkeypatch.setattr(cost_model, "POINTS", {kind: ((32, 8),) for kind in cost_model.POINTS})
+    monkeypatch.setattr(cost_model, "REPEATS", 1)
+    found = {each.kind: each for each in cost_model.measured("squeezenet1_1", list(FEATURES))}
+    assert found.keys() == FEATURES.keys() - {"start", "analysis"}
+    assert all(each.seconds > 0 and (each.image_size, each.images) == (32, 8) for each in found.values())
+
+
+def test_every_kind_can_be_told_from_its_points():
+    """As many measurements that are fitted as costs at least, and one that is held out."""
+    for kind, points in cost_model.POINTS.items():
+        seconds = iter(range(1, 99))
+        taken = [Measurement(kind, "net", *(*point, 2)[:3], next(seconds)) for point in points]
+        assert fit(taken)[kind]["net"]["is_determined"], kind
+        assert len(fit(taken)[kind]["net"]["held_out"]) == 1, kind
+
+
+def test_a_run_is_compared_with_what_was_predicted_of_it(model, tmp_path, capsys):
+    config = study("run.threads_per_cell=1", "run.seeds=[0]")
+    Store(tmp_path).prepare(dump_config(config))
+    log, costs = RunLog(Store(tmp_path)), model.cells(config)
+    baselines = [(cell, seconds.on()) for cell, seconds in costs if cell.phase == "baseline"]
+    for place, (cell, seconds) in enumerate(baselines):
+        entry = {"cell": cell.id, "phase": "baseline", "start": float(place), "status": "done"}
+        log.record({**entry, "status": "failed", "seconds": 1e9})
+        log.record({**entry, "seconds": seconds / (1 + place)})
+        log.record({**entry, "seconds": 1e9, "again": True})  # only its deployment was made again
+    assert check(tmp_path, model) == 0
+    lines = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    first, second = (seconds for _, seconds in baselines)
+    said, took = first + second, first + second / 2
+    assert lines["| all"] == f"| all | 2 | {took:.0f} | {said:.0f} | {said / took:.2f} | 50% |"
+    assert lines["| baseline"] == lines["| all"].replace("all", "baseline")
+    assert lines[f"| {baselines[1][0].model}"].endswith("| 2.00 | 100% |")
+    assert check_of_an_empty_folder(tmp_path / "empty", model, config) == 2
+
+
+def check_of_an_empty_folder(folder, model, config) -> int:
+    folder.mkdir()
+    Store(folder).prepare(dump_config(config))
+    return check(folder, model)
