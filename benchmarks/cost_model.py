@@ -212,6 +212,9 @@ class Bench:
             self.model, batches, None, Training(epochs=1, batch_size=len(batches[0]["label"]))
         )
         self.train([self.batch(8)])  # BatchNorm has seen something
+        self.model.eval()
+        with quiet():
+            self.of("quantized")  # everything is imported
 
     def batch(self, images: int, groups: int = GROUPS) -> dict:
         import torch
@@ -486,9 +489,12 @@ class CostModel:
         return cls(json.loads(path.read_text())["fit"])
 
     def step(self, kind: str, model: str, image_size: int = 0, images: float = 0, groups: int = 0, cells: int = 0):
-        models = self.fitted[kind]
+        models = self.fitted.get(kind, {})
         if model not in models:
-            raise SystemExit(f"{model}: its costs have not been measured; run cost_model.py measure --models {model}")
+            more = f" --models {model}" if model else ""
+            raise SystemExit(
+                f"{model or 'all models'}: what '{kind}' costs has not been measured; run cost_model.py measure{more}"
+            )
         known = features(image_size, images, groups, cells)
         parts = {name: value * known[name] for name, value in models[model]["coefficients"].items()}
         if kind in ALL_ON_CPU:

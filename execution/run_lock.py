@@ -35,7 +35,13 @@ from typing import Any
 from owners import NO_LOCKS, Owner
 from store import Store, StoreError, sync_folder, write_errors
 
-NO_LINKS = (errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what link raises where there are none
+NO_LINKS = (
+    errno.EPERM,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+)  # what link raises where there are none
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE = 1.0  # seconds: the one who was first may have ended just now, or not yet written who he is
 POLL = 2.0  # seconds between two attempts of a run that waits for another one
@@ -77,7 +83,10 @@ def _held_within(wait: float, store: Store, tell: Callable[[str], None]) -> cont
 def _held(store: Store) -> contextlib.ExitStack:
     """What lets go of the folder when it is closed."""
     with contextlib.ExitStack() as held:
-        has_locks = _lock(store.root, held)
+        has_locks, record = _lock(store.root, held), record_of(store.root)
+        with write_errors(record):
+            _check_free(record, has_locks)
+        _wait_for_orphans(store)  # whoever is refused leaves the record of a dead run, which --status tells of
         held.enter_context(_record(store, has_locks))
         _wait_for_orphans(store)
         store.remove_leftovers()
@@ -141,6 +150,7 @@ def _record(store: Store, has_locks: bool) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
+            _check_free(record, has_locks)
             store.remove_leftovers()  # on a full disk they are the room for the record
             _take(record, content, has_locks)
     threading.Thread(target=_beat, args=(record, content, ended), name="beat", daemon=True).start()
@@ -193,6 +203,12 @@ def _succeed(record: Path, found: bytes, mine: bytes, has_locks: bool) -> bool:
     return True
 
 
+def _check_free(record: Path, has_locks: bool) -> None:
+    """InUseError where there is a record, of a run that lives."""
+    if (found := _content(record)) is not None:
+        _check_over(record, found, has_locks)
+
+
 def _check_over(path: Path, content: bytes, has_locks: bool) -> None:
     """InUseError where the run lives whose record this is."""
     owner = _owner(content)
@@ -205,7 +221,10 @@ def _check_over(path: Path, content: bytes, has_locks: bool) -> None:
     if owner.is_here:
         is_over = has_locks and owner.pid == os.getpid()  # one before this process had its number, as in a container
     else:
-        is_over = has_locks and _seconds_still(path, _clock_of(path.parent)) > SILENCE
+        try:
+            is_over = has_locks and _seconds_still(path, _clock_of(path.parent)) > SILENCE
+        except OSError:  # no room to ask for the time
+            is_over = False
     if not is_over:
         raise InUseError(_refusal(path, owner, has_locks))
 

@@ -291,7 +291,9 @@ def test_every_kind_is_really_measured(monkeypatch):
     monkeypatch.setattr(cost_model, "REPEATS", 1)
     found = {each.kind: each for each in cost_model.measured("squeezenet1_1", list(FEATURES))}
     assert found.keys() == FEATURES.keys() - {"start", "analysis"}
-    assert all(each.seconds > 0 and (each.image_size, each.images) == (32, 8) for each in found.values())
+    assert all((each.image_size, each.images) == (32, 8) for each in found.values())
+    differences = {"training step", "qat step", "reconstruction iteration"}  # of times, which may come out the same
+    assert all(each.seconds > 0 for kind, each in found.items() if kind not in differences)
 
 
 def test_every_kind_can_be_told_from_its_points():

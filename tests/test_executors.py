@@ -487,12 +487,17 @@ def test_data_that_take_longer_to_decode_than_a_cell_may_take_make_no_cell_late(
 
 
 @pytest.mark.parametrize("executor", ["processes", "ray"])
-def test_the_seconds_of_a_cell_that_was_lost_or_late_are_its_own(tmp_path, request, executor):
+def test_the_seconds_of_a_cell_that_was_lost_or_late_are_its_own(tmp_path, monkeypatch, request, executor):
     """Not those for which it stood still: by them the time that is spent is reckoned."""
+    report = Report(quiet=True)
     if executor == "ray":
         request.getfixturevalue("local_ray")
+        report.executor = open_executor(load_config(None, ["run.executor=ray", "run.cell_timeout=4"]), "cpu")
+        report.executor.environment["env_vars"]["TMPDIR"] = str(tmp_path)  # no other test's cells stop these
+    else:
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
     settings = [f"run.executor={executor}", "run.jobs=2", "run.threads_per_cell=1", "run.cell_timeout=4"]
-    store, report = Store(tmp_path), Report(quiet=True)
+    store = Store(tmp_path / "results")
     store.prepare("")
     report.log = Log()
     todo = [made_up("dies", do="still-dies"), made_up("late", do="still-late")]
@@ -500,8 +505,8 @@ def test_the_seconds_of_a_cell_that_was_lost_or_late_are_its_own(tmp_path, reque
     entries = [*report.log.lost["dies"], report.log.entries["dies"], report.log.entries["late"]]
     assert [entry["status"] for entry in entries] == ["lost", "failed", "failed"]
     for entry in entries:
-        assert entry["end"] - entry["start"] - entry["seconds"] == pytest.approx(4, abs=0.5)
-        assert 1 < entry["seconds"] < (4 if "dies" in entry["cell"] else 4 + ray_executor.HEARD_SECONDS + 2)
+        assert 3.5 < entry["end"] - entry["start"] - entry["seconds"] < 6
+        assert 1 < entry["seconds"] < 4 + ray_executor.HEARD_SECONDS + 6
 
 
 def test_no_time_is_spent_on_an_attempt_that_never_began():

@@ -121,7 +121,9 @@ def test_a_worker_that_outlives_its_run_has_to_end_first(config, tmp_path, capsy
     worker = json.loads(mark.read_text())["pid"]
     try:
         assert first.kill() == -signal.SIGKILL
+        record = (results / ".lock.json").read_bytes()
         error = refused(capsys, config, results)
+        assert (results / ".lock.json").read_bytes() == record  # by which --status tells of the run that died
         assert f"process {worker}, a worker of a run that has died, is still computing {cells_of(config)[0]}" in error
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -129,6 +131,37 @@ def test_a_worker_that_outlives_its_run_has_to_end_first(config, tmp_path, capsy
     while owners.is_alive(worker):  # it takes the kernel a moment
         assert time.monotonic() < deadline
     assert run_here(config, results) == 0
+
+
+def test_a_full_disk_is_no_reason_to_remove_what_a_living_run_writes(config, tmp_path, capsys, monkeypatch):
+    """On a machine whose locks are its own, with no room to ask how long the other one's record has been still."""
+    results = tmp_path / "results"
+    assert run_here(config, results) == 0
+    other = dataclasses.replace(owners.Owner.this_process(), host="node17", pid=4711)
+    record = results / ".lock.json"
+    record.write_text(json.dumps(dataclasses.asdict(other)))
+    theirs = results / "cells" / ".one.json.4711.tmp"  # process 4711 is not alive here
+    theirs.write_text("half")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_lock, "_write_new", full)
+    monkeypatch.setattr(run_lock, "_clock_of", full)
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.05)
+    before = record.read_bytes()
+    assert "another run is using this folder: process 4711 on node17" in refused(capsys, config, results)
+    assert theirs.exists() and record.read_bytes() == before
+    record.unlink()  # a run that starts there just then, after this one has looked
+    makes = run_lock._make
+
+    def late(path, content):
+        record.write_bytes(before)
+        return makes(path, content)
+
+    monkeypatch.setattr(run_lock, "_make", late)
+    assert "another run is using this folder: process 4711 on node17" in refused(capsys, config, results)
+    assert theirs.exists() and record.read_bytes() == before
 
 
 def test_a_run_may_wait_for_another_one(config, tmp_path, capsys, hurried, monkeypatch):
