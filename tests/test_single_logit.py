@@ -75,7 +75,8 @@ def test_its_sensitivity_is_that_of_the_two_logits_that_mean_the_same(shape, met
         )
         tables.append(quantized.reports["sensitivity"])
     columns = [name for name in tables[0] if tables[0][name].dtype.kind == "f"]
-    np.testing.assert_allclose(tables[0][columns], tables[1][columns], rtol=1e-6, atol=1e-12)
+    # float32 logits of another layout: how many of their bits agree depends on the processor
+    np.testing.assert_allclose(tables[0][columns], tables[1][columns], rtol=1e-4, atol=1e-8)
     assert (tables[0][columns].abs().to_numpy() > 1e-9).any()
 
 
