@@ -329,3 +329,11 @@ def check_of_an_empty_folder(folder, model, config) -> int:
     folder.mkdir()
     Store(folder).prepare(dump_config(config))
     return check(folder, model)
+
+
+@pytest.mark.parametrize("name", ["config", "study"])
+def test_the_costs_that_come_with_the_program_price_its_studies(name):
+    model, config = CostModel.read(cost_model.ROOT / cost_model.OUTPUT), load_config(f"configs/{name}.yaml", [])
+    costs = model.cells(config)
+    assert all(seconds.on() > seconds.on(40.0) > 0 for _, seconds in costs) and model.start() > 0
+    assert 0 < model.analysis([cell for cell, _ in costs], config) < sum(seconds.on() for _, seconds in costs)
