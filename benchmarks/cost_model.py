@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from benchmarks.schedule import Task, critical_path, schedule
-from config import Config, load_config
+from config import Config, ConfigError, load_config
 from evaluation import WARMUP
 from execution.order import longest_first, split_sizes
 from execution.run_log import RunLog
@@ -56,7 +56,7 @@ from phases.deploy import BATCHES, SINGLES
 from plan import Cell, plan
 from quantizers.calibration import CALIBRATION_BATCH
 from sections.base import MODELS
-from store import Store
+from store import Store, StoreError
 
 ROOT = Path(__file__).parent.parent
 OUTPUT = Path("docs/scaling/cost_model.json")
@@ -407,7 +407,8 @@ def fit(measurements: list[Measurement]) -> dict[str, dict[str, dict]]:
     fitted: dict[str, dict[str, dict]] = defaultdict(dict)
     for (kind, model), members in by_kind.items():
         names = FEATURES[kind]
-        known = [m for m in members if m.image_size != HELD_OUT_SIZE]
+        # a difference of two times that came out as nothing is no measurement
+        known = [m for m in members if m.image_size != HELD_OUT_SIZE and m.seconds > 0]
         if not known:
             continue
         x = np.array([[m.features()[name] for name in names] for m in known])
@@ -796,7 +797,11 @@ def main() -> None:
     elif arguments.action == "measure":
         measure(arguments.models, arguments.output, arguments.kinds)
     elif arguments.action == "check":
-        sys.exit(check(arguments.results, CostModel.read(arguments.model)))
+        try:
+            sys.exit(check(arguments.results, CostModel.read(arguments.model)))
+        except (ConfigError, StoreError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     else:
         predict(arguments)
 

@@ -127,6 +127,12 @@ def test_too_few_measurements_are_named():
     assert "too few" not in cost_model.table_of_errors(fit(measurements()))
 
 
+def test_a_difference_that_came_out_as_nothing_is_left_out():
+    nothing = Measurement("ptq_static", "net", 64, 16, 2, 0.0)
+    found, whole = (fit(each)["ptq_static"]["net"] for each in ([*measurements(), nothing], measurements()))
+    assert found["coefficients"] == pytest.approx(whole["coefficients"])
+
+
 def test_no_coefficient_is_negative():
     falling = [Measurement("ptq_static", "net", 64, n, 2, 2.0 - 0.05 * n) for n in (8, 16, 24)]
     assert min(fit(falling)["ptq_static"]["net"]["coefficients"].values()) >= 0

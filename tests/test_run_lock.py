@@ -55,7 +55,8 @@ def ask(capsys, config: Path, results: Path, *more: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_second_run_is_refused_and_disturbs_nothing(config, tmp_path, capsys, hurried):
+def run_that_waits(config: Path, tmp_path: Path):
+    """(results, the file for which it waits, the run), in its fourth cell."""
     results, go = tmp_path / "results", tmp_path / "go"
 
     def waits(cell, computed, store):
@@ -64,6 +65,11 @@ def test_a_second_run_is_refused_and_disturbs_nothing(config, tmp_path, capsys, 
 
     first = fork_run(tmp_path / "first", config, results, event=waits)
     first.wait_for((results / "running" / f"{cells_of(config)[3]}.json").exists)
+    return results, go, first
+
+
+def test_a_second_run_is_refused_and_disturbs_nothing(config, tmp_path, capsys, hurried):
+    results, go, first = run_that_waits(config, tmp_path)
     before = contents(results)
     for more in ((), ("--fresh",), ("--retry-failed",)):
         error = refused(capsys, config, results, *more)
@@ -167,14 +173,7 @@ def test_a_full_disk_is_no_reason_to_remove_what_a_living_run_writes(config, tmp
 def test_a_run_may_wait_for_another_one(config, tmp_path, capsys, hurried, monkeypatch):
     """Once it is let in it does all that it was to do, --fresh too; nothing before."""
     monkeypatch.setattr(run_lock, "POLL", 0.01)
-    results, go = tmp_path / "results", tmp_path / "go"
-
-    def waits(cell, computed, store):
-        while computed == 3 and not go.exists():
-            time.sleep(0.005)
-
-    first = fork_run(tmp_path / "first", config, results, event=waits)
-    first.wait_for((results / "running" / f"{cells_of(config)[3]}.json").exists)
+    results, go, first = run_that_waits(config, tmp_path)
     second = fork_run(tmp_path / "second", config, results, "--fresh", "--wait", "60")
     err = tmp_path / "second" / "err"
     second.wait_for(lambda: err.exists() and "waiting for 60 seconds at most: " in err.read_text())
