@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,9 @@ import torch
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, for pixels in [0, 1]: what pretrained weights expect
 STD = (0.229, 0.224, 0.225)
-TILE_VALUES = 1 << 16  # normalised at a time, by one thread: they stay in a core's cache between the operations
+ALIGNMENT = 64  # bytes, of the images of a batch: what torch's own memory has
+STRIP_PIXELS = 4096  # side by side at most: means and deviations are repeated so many times, 96 kB of both
+TILE_VALUES = 3 << 15  # normalised at a time, by one thread: they stay in a core's cache between the operations
 
 
 class BatchLoader:
@@ -86,7 +89,7 @@ class BatchLoader:
         draws = self._draw(count) if self.is_augmented else None
         buffers: list[torch.Tensor | None] = [None, None]  # of this iteration: another may be in inference mode
         pixels = None  # read into the same memory batch after batch; nobody gets it
-        with _normalising_threads(self.device) as pool:
+        with _other_threads(self.device) as pool:
             for batch in range(len(self)):
                 positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
                 if pixels is None:
@@ -125,6 +128,19 @@ class BatchLoader:
         factor = 1 + self.brightness * (2 * torch.rand(count, **options) - 1)
         return flip.cpu(), down.cpu(), right.cpu(), factor.cpu()
 
+    def _new(self, shape: tuple[int, int, int, int]) -> torch.Tensor:
+        """Uninitialised float32 in the memory format. On the CPU it is NumPy's memory, which asks the kernel for huge
+        pages (torch's does not): a page fault for 2 MB instead of one for 4 kB."""
+        if self.device.type != "cpu":
+            return torch.empty(shape, device=self.device, memory_format=self.memory_format)
+        memory = np.empty(math.prod(shape) + ALIGNMENT // 4, np.float32)
+        first = -memory.ctypes.data % ALIGNMENT // 4
+        values = torch.from_numpy(memory[first : first + math.prod(shape)])
+        if self.memory_format is torch.channels_last:
+            n, channels, height, width = shape
+            return values.view(n, height, width, channels).permute(0, 3, 1, 2)
+        return values.view(shape)
+
     def _normalise(
         self,
         images_NHWC: torch.Tensor,
@@ -135,15 +151,15 @@ class BatchLoader:
         """(n, 3, H, W) float32; in the first n places of `out` where that is given."""
         n, height, width, channels = images_NHWC.shape
         if out is None:
-            shape = (n, channels, height, width)
-            out = torch.empty(shape, device=self.device, memory_format=self.memory_format)
+            out = self._new((n, channels, height, width))
         out = out[:n]
         if self.memory_format is torch.channels_last:
-            # Whole rows of interleaved channels at once: an innermost axis of 3 would not be vectorised.
-            shape = (n * height, width * channels)
+            # Many pixels of interleaved channels at once: an innermost axis of 3 would not be vectorised.
+            pixels = _strip(height, width)
+            shape = (n * height * width // pixels, pixels * channels)
             source, target = images_NHWC.reshape(shape), out.permute(0, 2, 3, 1).view(shape)
-            mean, inverse_std = self._mean.view(-1).repeat(width), self._inverse_std.view(-1).repeat(width)
-            factor = None if factor is None else factor.repeat_interleave(height)[:, None]
+            mean, inverse_std = self._mean.view(-1).repeat(pixels), self._inverse_std.view(-1).repeat(pixels)
+            factor = None if factor is None else factor.repeat_interleave(height * width // pixels)[:, None]
         else:
             source, target = images_NHWC.permute(0, 3, 1, 2), out
             mean, inverse_std = self._mean, self._inverse_std
@@ -172,29 +188,36 @@ class BatchLoader:
         return out
 
 
+def _strip(height: int, width: int) -> int:
+    """Pixels of as many whole rows of an image as are normalised at once: a divisor of its height, so that each strip
+    belongs to one image. Short ones cost more in NumPy's own loop than in arithmetic."""
+    rows = [rows for rows in range(1, height + 1) if height % rows == 0 and rows * width <= STRIP_PIXELS]
+    return width * max(rows, default=1)
+
+
 @contextlib.contextmanager
-def _normalising_threads(device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
-    """As many as torch has, for as long as an iteration takes; None where the caller's own is all there is."""
+def _other_threads(device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
+    """One less than torch has, for as long as an iteration takes; None where the caller's own is all there is."""
     if device.type != "cpu" or torch.get_num_threads() == 1:
         yield None
         return
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads() - 1) as pool:
         yield pool
 
 
 def _in_tiles(work: Callable[[slice], None], count: int, size: int, pool: ThreadPoolExecutor | None) -> None:
-    """`work` on slices of 0 … count of this size, by the threads of `pool`: each runs through tiles of its own, and
-    none waits for the others after every operation."""
-    threads = 1 if pool is None else min(torch.get_num_threads(), -(-count // size))
+    """`work` on slices of 0 … count of this size, by this thread and those of `pool`: whoever is free takes the next,
+    and none waits for the others after every operation."""
+    starts = iter(range(0, count, size))
 
-    def run(first: int) -> None:
-        for start in range(first * size, count, threads * size):
+    def run() -> None:
+        for start in starts:
             work(slice(start, min(start + size, count)))
 
-    if threads == 1:
-        run(0)
-    else:
-        list(pool.map(run, range(threads)))
+    others = [] if pool is None else [pool.submit(run) for _ in range(torch.get_num_threads() - 1)]
+    run()
+    for other in others:
+        other.result()
 
 
 def move_images(images_NHWC: torch.Tensor, flip: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

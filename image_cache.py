@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -39,7 +39,8 @@ except ImportError:  # Windows: two writers then both do the work, and the first
     fcntl = None
 
 DECODER = f"draft-centre-bilinear-1, pillow {PIL.__version__}"  # change it when decode_image changes
-CHUNK_BYTES = 8 << 20  # decoded images held at a time
+CHUNK_BYTES = 4 << 20  # decoded images in a block; two are held at a time
+DECODED_TOGETHER = 4  # images that a thread decodes before it looks for more
 LOCK_TICK = 0.05  # seconds between two looks at a lock that another process holds
 LEFT_SECONDS = 3600.0  # since anything was written, after which a part is a leftover where no lock tells
 
@@ -157,22 +158,46 @@ def decoded_images(
     """
     key = {"files": files_digest(files, sizes), "decoder": DECODER}
 
+    def decode(images: np.ndarray, first: int, rows: range) -> dict[int, str]:
+        """Into these rows of a block that begins at `first` -> row within it: why it has no image."""
+        broken = {}
+        for row in rows:
+            image = _decode_or_reason(root / files[first + row], image_size)
+            if isinstance(image, str):
+                broken[row] = image
+            else:
+                images[row] = image
+        return broken
+
     def blocks() -> Iterator[Block]:
         chunk = max(4 * workers, CHUNK_BYTES // (3 * image_size**2))
         broken, example = 0, ""
         with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(files), chunk):
-                part = files[start : start + chunk]
-                block = Block(np.zeros((len(part), image_size, image_size, 3), np.uint8))
-                decoded = pool.map(lambda file: _decode_or_reason(root / file, image_size), part)
-                for row, image in enumerate(decoded):
-                    if isinstance(image, str):
-                        block.broken[row] = image
-                        example = example or f"{part[row]}: {image}"
-                    else:
-                        block.images[row] = image
+
+            def begun(first: int) -> tuple[int, np.ndarray, list[Future]]:
+                rows = range(min(chunk, len(files) - first))
+                images = np.zeros((len(rows), image_size, image_size, 3), np.uint8)
+                parts = [rows[at : at + DECODED_TOGETHER] for at in range(0, len(rows), DECODED_TOGETHER)]
+                return first, images, [pool.submit(decode, images, first, part) for part in parts]
+
+            def finished(first: int, images: np.ndarray, futures: list[Future]) -> Block:
+                nonlocal broken, example
+                block = Block(images, {row: why for future in futures for row, why in future.result().items()})
                 broken += len(block.broken)
-                yield block
+                for row in sorted(block.broken)[: not example]:
+                    example = f"{files[first + row]}: {block.broken[row]}"
+                return block
+
+            try:
+                ahead = None  # the decoders do not wait for whoever writes the block before
+                for first in range(0, len(files), chunk):
+                    ahead, ready = begun(first), ahead
+                    if ready is not None:
+                        yield finished(*ready)
+                if ahead is not None:
+                    yield finished(*ahead)
+            finally:
+                pool.shutdown(cancel_futures=True)
         if 2 * broken > len(files):
             raise DataError(
                 f"{root}: {broken} of {len(files)} images of {label} cannot be decoded ({example}); "

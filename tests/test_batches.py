@@ -44,6 +44,22 @@ def test_tiles_threads_and_recycling_change_no_bit(monkeypatch, channels_last, r
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_lie_as_torchs_own_memory_does(channels_last):
+    for batch in BatchLoader(split_of(5, 7), 2, channels_last=channels_last):
+        n = len(batch["image"])
+        own = torch.empty((n, 3, 7, 7), memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        assert batch["image"].stride() == own.stride() or n == 1
+        assert batch["image"].data_ptr() % 64 == own.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (64, 64), (13, 13), (1, 9000), (48, 5000), (97, 300)])
+def test_a_strip_is_whole_rows_of_one_image(height, width):
+    pixels = batches._strip(height, width)
+    assert pixels % width == 0 and (height * width) % pixels == 0
+    assert pixels == width or pixels <= batches.STRIP_PIXELS
+
+
 def test_brightness_is_each_images_own_in_every_tile(monkeypatch):
     split = split_of(6, 16)
     options = {"brightness": 0.5, "channels_last": True}

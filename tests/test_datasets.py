@@ -568,6 +568,70 @@ def test_decoding_is_close_to_exact_resampling(tmp_path):
     assert np.abs(image_cache.decode_image(tmp_path / "a.jpg", 32) - exact).max() < 6
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 11, 12, 13, 24, 40])
+def test_every_image_is_in_its_row_whatever_the_blocks(tmp_path, monkeypatch, workers, count):
+    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 12 * 3 * 4**2)
+
+    def decode(path, size):
+        number = int(path.stem)
+        if number % 5 == 3:
+            raise ValueError(f"it is {number}")
+        return np.full((size, size, 3), number, np.uint8)
+
+    monkeypatch.setattr(image_cache, "decode_image", decode)
+    files = [f"{number}.jpg" for number in range(count)]
+    sizes = np.zeros(count, np.int64)
+    blocks: list[int] = []
+
+    def progress(what, done, total):
+        blocks.append(done)
+
+    options = {"workers": workers, "progress": progress}
+    if not count:
+        with pytest.raises(image_cache.DataError):
+            image_cache.decoded_images(tmp_path / "cache", "x", tmp_path, files, sizes, 4, **options)
+        return
+    cached = image_cache.decoded_images(tmp_path / "cache", "x", tmp_path, files, sizes, 4, **options)
+    assert blocks == [*range(12, count, 12), count]
+    numbers = np.arange(count)
+    expected = np.where(numbers % 5 == 3, 0, numbers)
+    assert np.array_equal(np.asarray(cached.images), np.broadcast_to(expected[:, None, None, None], (count, 4, 4, 3)))
+    assert cached.broken == {number: f"damaged: it is {number}" for number in range(3, count, 5)}
+
+
+def test_decoders_go_on_while_a_block_is_written_and_stop_with_the_writer(tmp_path, monkeypatch):
+    """One block ahead, no further; who stops writing leaves no decoder at work."""
+    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 32 * 3 * 4**2)
+    decoded: list[int] = []
+
+    def decode(path, size):
+        decoded.append(int(path.stem))
+        time.sleep(0.001)
+        return np.zeros((size, size, 3), np.uint8)
+
+    class Stopped(Exception):
+        pass
+
+    def progress(what, done, total):
+        if done == 96:
+            raise Stopped
+        deadline = time.monotonic() + 30
+        while len(decoded) < done + 32 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(decoded) == done + 32
+
+    monkeypatch.setattr(image_cache, "decode_image", decode)
+    files, sizes = [f"{number}.jpg" for number in range(320)], np.zeros(320, np.int64)
+    with pytest.raises(Stopped):
+        image_cache.decoded_images(tmp_path / "cache", "x", tmp_path, files, sizes, 4, workers=2, progress=progress)
+    count = len(decoded)
+    time.sleep(0.05)
+    assert count == len(decoded) < 120
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
 def test_more_than_half_undecodable_is_an_error_and_leaves_nothing(tmp_path, load):
     root = tmp_path / "fairface"
     make_fairface(root)
