@@ -15,8 +15,8 @@ are normalised on a GPU.
 ImageFolder's workers are forked before the clock starts to matter (milliseconds); files are in the page cache for both.
 
 Memory is that of a process of its own, which reads a set in FairFace's layout (hard links to a few files), writes the
-cache, and runs an epoch in random order. Anonymous memory (RssAnon) is what it needs; pages of the cache file that are
-mapped (RssFile) come and go as the kernel likes.
+cache, and runs an epoch in random order. Anonymous memory (RssAnon) is what it needs; the rest of the resident memory is
+that of its libraries.
 """
 
 from __future__ import annotations
