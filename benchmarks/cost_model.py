@@ -738,15 +738,12 @@ def check(results: Path, model: CostModel) -> int:
     config = load_config(results / "config.yaml", [])
     if config.run.threads_per_cell != 1:
         print(f"{results}: {config.run.threads_per_cell} threads a cell; what is predicted is of one", file=sys.stderr)
-    records = [record for record in RunLog(Store(results)).read() if record["status"] == "done" and record["cell"]]
-    taken = {record["cell"]: record for record in records if not record.get("again")}
-    planned = {cell.id: cell for cells in plan(config).values() for cell in cells}
-    ran = sorted((record["start"], planned[name]) for name, record in taken.items() if name in planned)
+    ran = recorded(results, config)
     if not ran:
         print(f"{results}: no cell of its config is done", file=sys.stderr)
         return 2
     paid: set[tuple] = set()
-    pairs = [(cell, model.cell(cell, config, paid).on(), taken[cell.id]["seconds"]) for _, cell in ran]
+    pairs = [(cell, model.cell(cell, config, paid).on(), seconds) for cell, seconds in ran]
     print("| what | cells | measured (s) | predicted (s) | predicted / measured | median error of a cell |")
     print("|---|---|---|---|---|---|")
     for label in (kind_of, lambda cell: cell.model, lambda cell: "all"):
@@ -757,6 +754,15 @@ def check(results: Path, model: CostModel) -> int:
                 f"{np.median(np.abs(said / took - 1)):.0%} |"
             )
     return 0
+
+
+def recorded(results: Path, config: Config) -> list[tuple[Cell, float]]:
+    """The finished cells of a config in the order in which they began, and the seconds that they took by the log."""
+    records = [record for record in RunLog(Store(results)).read() if record["status"] == "done" and record["cell"]]
+    taken = {record["cell"]: record for record in records if not record.get("again")}
+    planned = {cell.id: cell for cells in plan(config).values() for cell in cells}
+    began = sorted(taken, key=lambda name: taken[name]["start"])
+    return [(planned[name], taken[name]["seconds"]) for name in began if name in planned]
 
 
 DEFAULT_SPEEDUP = 40.0

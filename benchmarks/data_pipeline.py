@@ -6,23 +6,25 @@
     python benchmarks/data_pipeline.py --only memory --memory-images 200000   # writes a cache of 30 GB
 
 Both sides give batches of normalised float32 images and labels, with as many workers. *First epoch*: decoding into the
-cache, writing it to the disk, and one pass over it. *Later epochs*: a pass over the cache. They take
-turns, round by round; what is printed are medians over rounds of images a second and of ratios within a round. Where
-other programs run on the machine, the processor time that an image costs (of all processes and threads) says more than
-the wall clock: both are there. *bytes* is a pass that only gathers uint8 images, all that the CPU does where batches
-are normalised on a GPU.
+cache, writing it to the disk, and one pass over it. *Later epochs*: a pass over the cache, as for predictions.
+*Training*: one in random order that mirrors half of the images, as a study trains by default, and into new memory
+(against the same ImageFolder, which does neither). They take turns, round by round; what is printed are medians over
+rounds of images a second and of ratios within a round. Where other programs run on the machine, the processor time that
+an image costs (of all processes and threads) says more than the wall clock: both are there. *bytes* is a pass that only
+gathers uint8 images, all that the CPU does where batches are normalised on a GPU.
 
 ImageFolder's workers are forked before the clock starts to matter (milliseconds); files are in the page cache for both.
 
 Memory is that of a process of its own, which reads a set in FairFace's layout (hard links to a few files), writes the
-cache, and runs an epoch in random order. Anonymous memory (RssAnon) is what it needs; the rest of the resident memory is
-that of its libraries.
+cache, and runs an epoch in random order. Anonymous memory (RssAnon) is what it needs; the rest of the resident memory
+is that of its libraries.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -104,7 +106,8 @@ def faces(count: int, size: int):
 
 
 def speeds(roots: dict[str, Path], folder: Path, arguments: argparse.Namespace) -> None:
-    columns = ("files", "pixels", "ImageFolder", "first epoch", "ratio", "later epochs", "ratio", "bytes", "ratio")
+    ours = itertools.chain.from_iterable((way, "ratio") for way in ("first epoch", "later epochs", "training", "bytes"))
+    columns = ("files", "pixels", "ImageFolder", *ours)
     print(f"images/s, {arguments.workers} workers, median of {arguments.rounds} rounds; in brackets by processor time")
     print(f"| {' | '.join(columns)} |")
     print(f"|{'---|' * len(columns)}")
@@ -135,26 +138,38 @@ def one_round(root: Path, size: int, cache: Path, arguments: argparse.Namespace)
         )
         consume((images, labels) for images, labels in loader)
 
-    def cached() -> BatchLoader:
+    def cached(**options) -> BatchLoader:
         found = decoded_images(cache, "benchmark", root, files, sizes, size, workers=arguments.workers)
         assert not found.broken, found.broken
         rows = np.arange(len(files))
         split = Split("train", labels, {}, rows, ImageRows(found.images, rows))
-        return BatchLoader(split, BATCH, channels_last=True, recycle=True)
+        return BatchLoader(split, BATCH, channels_last=True, **options)
 
     def consume(batches) -> None:
         seen = sum(len(images) for images, _ in batches)
         assert seen == len(files), (seen, len(files))
 
-    def passed() -> None:
-        consume((batch["image"], batch["label"]) for batch in cached())
+    def passed(**options) -> None:
+        consume((batch["image"], batch["label"]) for batch in cached(**options))
+
+    def predicted() -> None:
+        passed(recycle=True)
+
+    def trained() -> None:
+        passed(shuffle=True, flip=True, generator=torch.Generator().manual_seed(0))
 
     def gathered() -> None:
         split = cached().split
         consume((split.gather(np.arange(i, min(i + BATCH, len(split)))), None) for i in range(0, len(split), BATCH))
 
-    ways = {"ImageFolder": plain, "first epoch": passed, "later epochs": passed, "bytes": gathered}
-    return {way: timed(run, len(files)) for way, run in ways.items()}  # first epoch: there is no cache yet
+    ways = {
+        "ImageFolder": plain,
+        "first epoch": predicted,  # there is no cache yet
+        "later epochs": predicted,
+        "training": trained,
+        "bytes": gathered,
+    }
+    return {way: timed(run, len(files)) for way, run in ways.items()}
 
 
 def timed(run: Callable[[], None], count: int) -> tuple[float, float]:

@@ -1,8 +1,10 @@
-"""A dry cluster: a study on 64 Ray CPUs whose cells sleep for their predicted time, scaled down, instead of working.
+"""A dry cluster: a study on 64 Ray CPUs whose cells sleep instead of working, scaled down.
 
     pip install -r requirements-ray.txt
     python benchmarks/dry_cluster.py [--workers 64] [--minutes 1.5] [--config FILE] [--set KEY=VALUE …]
+    python benchmarks/dry_cluster.py --log RESULTS        a run that is over, with the durations in its log.jsonl
 
+Cells sleep for what benchmarks/cost_model.py predicts, or for what they took in a run.
 Checks the prediction of benchmarks/cost_model.py, which is arithmetic, against the program's own executor: the same
 cells in the same order, phase after phase, handed to execution.ray_executor with another computation. Durations are
 scaled so that the predicted time is `--minutes`. Sleeping needs no processor, so a small machine can play a large
@@ -23,12 +25,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.cost_model import OUTPUT, CostModel, speedups, tasks_of
+from benchmarks.cost_model import OUTPUT, CostModel, Seconds, recorded, speedups, tasks_of
 from benchmarks.schedule import Task, critical_path, schedule
 from config import Config, dump_config, load_config
 from execution.cells import CellResult, Compute, Job, Outcome
+from execution.order import longest_first
 from execution.ray_executor import Ray
-from plan import Cell
+from execution.run_log import RunLog
+from plan import Cell, plan
 from store import Store, write_json
 
 DURATIONS = "durations.json"  # in the results folder: seconds of each cell
@@ -46,13 +50,17 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/config.yaml"))
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--gpu-speedup", nargs="+", default=[], metavar="[MODEL=]NUMBER")
+    parser.add_argument("--log", type=Path, metavar="RESULTS", help="durations of this run, instead of predicted ones")
     arguments = parser.parse_args()
     own = ["run.executor=ray", f"run.jobs={arguments.workers}", "run.threads_per_cell=1"]
-    config = load_config(arguments.config, [*arguments.set, *own])
-    model = CostModel.read(arguments.model)
-    costs = model.cells(config)
-    analysis = model.analysis([cell for cell, _ in costs], config)
-    tasks = tasks_of(costs, speedups(arguments.gpu_speedup), analysis, model.start())
+    config = load_config(arguments.log / "config.yaml" if arguments.log else arguments.config, [*arguments.set, *own])
+    if arguments.log:
+        costs, tasks = as_recorded(arguments.log, config)
+    else:
+        model = CostModel.read(arguments.model)
+        costs = model.cells(config)
+        analysis = model.analysis([cell for cell, _ in costs], config)
+        tasks = tasks_of(costs, speedups(arguments.gpu_speedup), analysis, model.start())
     predicted = schedule(tasks, arguments.workers).makespan
     scale = 60 * arguments.minutes / predicted
     with dry_cluster(config, arguments.workers) as cluster:
@@ -68,6 +76,22 @@ def main() -> int:
         f"measured {measured:.1f} s: {measured / predicted / scale - 1:+.1%}"
     )
     return int(abs(measured / predicted / scale - 1) > LARGEST_DEVIATION)
+
+
+def as_recorded(results: Path, config: Config) -> tuple[list[tuple[Cell, Seconds]], list[Task]]:
+    """Finished cells in the order in which workers get them, and when they and the analysis were done how long that
+    took. SystemExit where nothing is done, or cells are whose baseline is not."""
+    taken = {cell.id: seconds for cell, seconds in recorded(results, config)}
+    ordered = [cell for cells in plan(config).values() for cell in longest_first(cells, config) if cell.id in taken]
+    lacking = {cell.baseline_cell for cell in ordered} - {None, *taken}
+    if not ordered or lacking:
+        raise SystemExit(
+            f"{results}: " + (f"{min(lacking)} is not done" if lacking else "no cell of its config is done")
+        )
+    costs = [(cell, Seconds(cpu=taken[cell.id])) for cell in ordered]
+    records = [record for record in RunLog(Store(results)).read() if record["phase"] == "analysis"]
+    analysis = [record["seconds"] for record in records if record["status"] == "done"]
+    return costs, tasks_of(costs, lambda model: 1.0, analysis[-1] if analysis else 0.0)
 
 
 def dry_run(cells: Sequence[Cell], tasks: Sequence[Task], scale: float, cluster: DryCluster) -> float:

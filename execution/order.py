@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from config import Config
 from plan import Cell
 
+DEPTHWISE = 5.0  # networks of depthwise convolutions wait for memory: their operations take so many times as long
 # 10^9 multiply-accumulates of an image of 224 pixels, as torchvision and timm publish them
 OPERATIONS = {
     "resnet50": 4.09,
-    "mobilenet_v2": 0.30,
+    "mobilenet_v2": 0.30 * DEPTHWISE,
     "squeezenet1_1": 0.35,
-    "efficientnet_b0": 0.39,
+    "efficientnet_b0": 0.39 * DEPTHWISE,
     "vit_small_patch16_224": 4.61,
 }
 UNKNOWN_OPERATIONS = 4.0  # of another model: rather too early than too late
@@ -34,7 +35,7 @@ def longest_first(cells: Sequence[Cell], config: Config) -> list[Cell]:
 
 
 def expected_operations(cell: Cell, config: Config) -> float:
-    """Multiply-accumulates, roughly, of everything that passes through the network."""
+    """Multiply-accumulates, roughly, of everything that passes through the network, slow ones several times."""
     train, validation, test = split_sizes(config, cell.dataset)
     options = cell.options
     if cell.phase == "baseline":

@@ -167,18 +167,20 @@ def _running(store: Store, is_run: bool) -> Iterator[tuple[str, Owner]]:
 
 def _at_a_time(config: Config, entries: list[dict], running: Mapping[str, Owner], run: Owner | None) -> int:
     """How many cells the run computes at once: the most that it was seen to, since at the end of a phase there are
-    fewer, and Ray's places are the cluster's; without a run, or before its first cells, what the config says."""
-    if run is None or not running:
+    fewer, and Ray's places are the cluster's. Without a run, or before its first cells, what the config says, and of a
+    cluster what any run was seen to."""
+    since = run.since if run is not None and running else None
+    if since is None and not (config.run.executor == "ray" and config.run.address):
         return config.run.jobs if config.run.executor != "serial" else 1
     moments = [(owner.since, 1) for owner in running.values()]
     for entry in entries:
-        if entry["cell"] is not None and entry["start"] and entry["end"] and entry["start"] >= run.since:
+        if entry["cell"] is not None and entry["start"] and entry["end"] and entry["start"] >= (since or ""):
             moments += [(entry["start"], 1), (entry["end"], -1)]
     most = now = 0
     for _, step in sorted(moments):  # times of one form, which sort as text; of equal ones the end comes first
         now += step
         most = max(most, now)
-    return most
+    return max(most, 1)
 
 
 def _told(owner: Owner, now: datetime) -> dict[str, Any]:

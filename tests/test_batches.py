@@ -24,8 +24,10 @@ def plainly(images_NHWC: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("recycle", [False, True])
 @pytest.mark.parametrize("tile", [1, 1000, 1 << 20])
-def test_tiles_threads_and_recycling_change_no_bit(monkeypatch, channels_last, recycle, tile):
+@pytest.mark.parametrize("strip", [1, 1 << 12])
+def test_tiles_threads_and_recycling_change_no_bit(monkeypatch, channels_last, recycle, tile, strip):
     monkeypatch.setattr(batches, "TILE_VALUES", tile)
+    monkeypatch.setattr(batches, "STRIP_PIXELS", strip)
     split = split_of(11, 13)
     options = {"channels_last": channels_last, "recycle": recycle}
     threads = torch.get_num_threads()
@@ -64,8 +66,9 @@ def test_brightness_is_each_images_own_in_every_tile(monkeypatch):
     split = split_of(6, 16)
     options = {"brightness": 0.5, "channels_last": True}
     whole, tiled = [], []
-    for found, tile in ((whole, 1 << 20), (tiled, 100)):
+    for found, tile, strip in ((whole, 1 << 20, 16 * 16), (tiled, 100, 2 * 16)):
         monkeypatch.setattr(batches, "TILE_VALUES", tile)
+        monkeypatch.setattr(batches, "STRIP_PIXELS", strip)
         generator = torch.Generator().manual_seed(3)
         found += [batch["image"] for batch in BatchLoader(split, 3, generator=generator, **options)]
     assert torch.equal(torch.cat(whole), torch.cat(tiled))

@@ -33,7 +33,9 @@ except ImportError:
 
 import image_cache
 import main
-from config import ConfigError, load_config
+from benchmarks import dry_cluster
+from benchmarks.schedule import schedule
+from config import ConfigError, dump_config, load_config
 from execution import cells, executors, quiet, ray_executor
 from execution.cells import (
     CellResult,
@@ -46,8 +48,9 @@ from execution.cells import (
 )
 from execution.executors import Clock, Processes, Serial, chosen, gpus_of_jobs, open_executor
 from execution.run_lock import only_run, owner_of, record_of
+from execution.run_log import RunLog
 from phases.baseline import DatasetCache
-from plan import Cell
+from plan import Cell, plan
 from runner import Report, run_cells
 from store import TIMING_COLUMNS, Store, StoreError
 
@@ -606,6 +609,32 @@ def test_on_a_gpu_of_ray_each_cell_has_a_process_of_its_own(tmp_path, local_ray)
         workers = {log.entries[cell.id]["worker"] for cell in cells}
         assert len(workers) == number if device == "cuda" else len(workers) < number  # two at a time
         assert all(store.record(cell.id)["row"]["status"] == "done" for cell in cells)
+
+
+def test_a_dry_cluster_sleeps_as_long_as_the_cells_of_a_run_took(tmp_path, local_ray, monkeypatch):
+    """Of the plan what the log has, in the order of the phases, by this program's executor."""
+    monkeypatch.setattr(dry_cluster, "WARM_UP", 0.5)
+    overrides = ("models.architectures=[squeezenet1_1]", "quantization.methods=[ptq_static]", "run.threads_per_cell=1")
+    config = load_config(None, [*overrides, "run.executor=ray", "run.jobs=2"])
+    Store(tmp_path).prepare(dump_config(config))
+    log, planned = RunLog(Store(tmp_path)), plan(config)
+    seconds = {cells[0].id: 0.4 for cells in planned.values()} | {planned["quantization"][1].id: 0.3, "analysis": 0.2}
+    with pytest.raises(SystemExit, match="no cell of its config is done"):
+        dry_cluster.as_recorded(tmp_path, config)
+    phases = {cell.id: phase for phase, cells in planned.items() for cell in cells}
+    for cell, value in reversed(seconds.items()):
+        name = None if cell == "analysis" else cell
+        entry = {"cell": name, "phase": phases.get(cell, "analysis"), "start": value, "end": value}
+        log.record({**entry, "status": "done", "seconds": value})
+        if phases.get(cell) == "quantization" and value == 0.4:
+            with pytest.raises(SystemExit, match=f"{planned['baseline'][0].id} is not done"):
+                dry_cluster.as_recorded(tmp_path, config)
+    costs, tasks = dry_cluster.as_recorded(tmp_path, config)
+    assert {task.name: task.seconds for task in tasks} == seconds
+    assert [task.phase for task in tasks] == [0, 1, 1, 2, 3]
+    assert schedule(tasks, 2).makespan == pytest.approx(0.4 + 0.4 + 0.4 + 0.2)
+    with dry_cluster.dry_cluster(config, 2) as cluster:
+        assert dry_cluster.dry_run([cell for cell, _ in costs], tasks, 1.0, cluster) >= 1.4
 
 
 def test_ray_gives_up_a_worker_that_cannot_be_killed(tmp_path, local_ray, monkeypatch):

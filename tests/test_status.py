@@ -168,6 +168,19 @@ def test_the_last_cells_of_a_phase_do_not_make_the_run_a_slow_one(half):
     assert status["phases"]["quantization"]["seconds_left"] == max(left, 30)  # the longest takes as long as it takes
 
 
+def test_between_two_runs_on_a_cluster_its_places_are_those_of_the_runs_before(half):
+    store, cell = half
+    cluster = ("deployment.cells=[]", "deployment.export=[]", "run.executor=ray")
+    for overrides, expected in ((("run.address=10.0.0.1:6379",), 1), (("run.jobs=2",), 2)):
+        assert study_status(small_config(*cluster, *overrides, seeds=(0, 1)), store, NOW)["at_a_time"] == expected
+    for name in (cell["mobilenet_v2", 0], cell["mobilenet_v2", 0, 8], cell["resnet50", 0, 8]):
+        RunLog(store).record({"cell": name, "status": "done", "start": 100.0, "end": 130.0, "seconds": 30.0})
+    for overrides, expected in ((("run.address=10.0.0.1:6379",), 3), (("run.jobs=2",), 2)):
+        status = study_status(small_config(*cluster, *overrides, seeds=(0, 1)), store, NOW)
+        assert status["run"] is None and status["at_a_time"] == expected
+        assert status["phases"]["quantization"]["seconds_left"] == 4 * 30 / expected
+
+
 def test_a_cell_of_another_machine_runs_as_long_as_its_run_does(half):
     store, cell = half
     afar = dataclasses.replace(Owner.this_process(), host="node17")
