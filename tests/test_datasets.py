@@ -7,10 +7,12 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import tracemalloc
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -604,9 +606,19 @@ def test_decoders_go_on_while_a_block_is_written_and_stop_with_the_writer(tmp_pa
     """One block ahead, no further; who stops writing leaves no decoder at work."""
     monkeypatch.setattr(image_cache, "CHUNK_BYTES", 32 * 3 * 4**2)
     decoded: list[int] = []
+    told_to_stop = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            told_to_stop.set()
+            super().shutdown(wait)
 
     def decode(path, size):
-        decoded.append(int(path.stem))
+        number = int(path.stem)
+        decoded.append(number)
+        if number >= 96:  # of the block after which the writer stops: however slow it is, they are not done
+            told_to_stop.wait(30)
         time.sleep(0.001)
         return np.zeros((size, size, 3), np.uint8)
 
@@ -623,6 +635,7 @@ def test_decoders_go_on_while_a_block_is_written_and_stop_with_the_writer(tmp_pa
         assert len(decoded) == done + 32
 
     monkeypatch.setattr(image_cache, "decode_image", decode)
+    monkeypatch.setattr(image_cache, "ThreadPoolExecutor", Pool)
     files, sizes = [f"{number}.jpg" for number in range(320)], np.zeros(320, np.int64)
     with pytest.raises(Stopped):
         image_cache.decoded_images(tmp_path / "cache", "x", tmp_path, files, sizes, 4, workers=2, progress=progress)
