@@ -42,9 +42,10 @@ DECODER = f"draft-centre-bilinear-1, pillow {PIL.__version__}"  # change it when
 CHUNK_BYTES = 4 << 20  # decoded images in a block; two are held at a time
 DECODED_TOGETHER = 4  # images that a thread decodes before it looks for more
 LOCK_TICK = 0.05  # seconds between two looks at a lock that another process holds
+GROWTH_SECONDS = 600.0  # without growth of a part, after which whoever waits for it no longer says that it gets on
 LEFT_SECONDS = 3600.0  # since anything was written, after which a part is a leftover where no lock tells
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+Progress = Callable[[str, int, int], None]  # (what, done, total), as long as it gets on
 
 
 class DataError(ValueError):
@@ -232,7 +233,9 @@ def cached_images(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(cache)
-        waiting = None if progress is None else (lambda: progress(f"{label}: waiting for another process", 0, count))
+        waiting = None
+        if progress is not None:
+            waiting = _while_it_grows(folder, lambda: progress(f"{label}: waiting for another process", 0, count))
         with _lock(folder, wait=True, waiting=waiting):
             found = _open(folder, shape)  # another process may have written it meanwhile
             if found is None:
@@ -378,6 +381,30 @@ def _lock(folder: Path, *, wait: bool, waiting: Callable[[], None] | None = None
                 waiting()
             time.sleep(LOCK_TICK)
         yield is_got
+
+
+def _while_it_grows(folder: Path, waiting: Callable[[], None]) -> Callable[[], None]:
+    """`waiting`, until nothing has been written to this cache for GROWTH_SECONDS: its writer hangs, or was stopped."""
+    seen: list[tuple[str, int]] | None = None
+    since = 0.0
+
+    def wait() -> None:
+        nonlocal seen, since
+        if (written := _written(folder)) != seen:
+            seen, since = written, time.monotonic()
+        if time.monotonic() - since < GROWTH_SECONDS:
+            waiting()
+
+    return wait
+
+
+def _written(folder: Path) -> list[tuple[str, int]]:
+    """The parts of this cache, and how many bytes of images each has."""
+    found = []
+    for part in folder.parent.glob(f"{folder.name}.*.part"):
+        with contextlib.suppress(OSError):  # it has just begun, or is being renamed
+            found.append((part.name, (part / "images.npy").stat().st_size))
+    return sorted(found)
 
 
 def _is_got(file: IO) -> bool | None:

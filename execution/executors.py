@@ -153,7 +153,7 @@ class Processes:
         self.start_again = 0.0  # when (monotonic); not before
 
     def run(self, job: Job, compute: Compute | None, cells: Sequence[Cell], report: Any) -> Iterator[Ended]:
-        todo, attempts = list(cells), Counter()
+        todo, attempts, timeout = list(cells), Counter(), self.settings.cell_timeout
         try:
             while todo or self._busy():
                 self._assign(job, todo)
@@ -162,8 +162,9 @@ class Processes:
                     if ended is not None:
                         yield ended
                 for worker in self._busy():
-                    worker.clock.add_pause(worker.paused_seconds())
-                    if worker.clock.is_late() and not worker.connection.poll():  # or it has ended, and not been heard
+                    worker.clock.add_pause(worker.paused_seconds(), quiet.silence(worker.standstill))
+                    # what has something to say may have ended, and not been heard
+                    if is_overdue(worker.cell, worker.clock, timeout, report) and not worker.connection.poll():
                         if not worker.has_started:
                             todo.insert(0, worker.cell)
                             self._discard(worker)
@@ -221,7 +222,8 @@ class Processes:
         deadlines = [worker.clock.deadline for worker in busy if worker.clock.deadline is not None]
         if is_waiting and None in self.workers:
             deadlines.append(self.start_again)
-        wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        deadlines.append(time.monotonic() + quiet.STILL_SECONDS)  # one that is off the clock may have fallen silent
+        wait = max(0.0, min(deadlines) - time.monotonic())
         waited = {handle: worker for worker in busy for handle in (worker.connection, worker.process.sentinel)}
         found = connection.wait(list(waited), wait)
         return list({id(waited[handle]): waited[handle] for handle in found}.values())
@@ -285,7 +287,7 @@ class Processes:
 
     def _timed_out(self, worker: _Worker) -> Outcome:
         name, clock = worker_name(worker.process.pid), worker.clock
-        why = timed_out(self.settings.cell_timeout)
+        why = timed_out(self.settings.cell_timeout, clock)
         return lost_outcome(worker.cell, why, clock.start, paused=clock.pause, worker=name)
 
     def _discard(self, worker: _Worker) -> None:
@@ -297,8 +299,28 @@ def died(reason: str, attempts: int) -> WorkerDied:
     return WorkerDied(f"{reason}, the last of {attempts} attempts" if attempts > 1 else reason)
 
 
-def timed_out(seconds: float) -> CellTimeout:
-    return CellTimeout(f"timed out after {seconds:g} s (run.cell_timeout)")
+def timed_out(timeout: float, clock: Clock) -> CellTimeout:
+    if clock.is_silent(timeout):
+        return CellTimeout(f"timed out: {_silent(timeout)} (run.cell_timeout)")
+    return CellTimeout(f"timed out after {timeout:g} s (run.cell_timeout)")
+
+
+def is_overdue(cell: Cell, clock: Clock, timeout: float | None, report: Any, by: float = 0.0) -> bool:
+    """Whether a cell is to be ended: it is late by so much, or off the clock and does not get on. The latter is told,
+    once, where there is no timeout."""
+    if timeout is None and clock.is_silent(timeout):
+        report.told(cell.id, "line", f"  {cell.id}: {_silent(timeout)}; with run.cell_timeout it would be ended")
+        return False
+    return clock.is_late(by) or clock.is_silent(timeout)
+
+
+def _silent(timeout: float | None) -> str:
+    return f"it opens data, waits or stands still, and has not got on for {silent_seconds(timeout):g} s"
+
+
+def silent_seconds(timeout: float | None) -> float:
+    """That a cell has for getting on while it is off the clock."""
+    return max(quiet.STILL_SECONDS, timeout or 0.0)
 
 
 def chosen(todo: Sequence[Cell], last: str | None, others: Iterable[str | None]) -> int:
@@ -351,22 +373,26 @@ class Clock:
     start: float = field(default_factory=time.time)  # seconds since 1970
     deadline: float | None = None
     pause: float = 0.0  # how much of it was added to the deadline
+    silence: float = 0.0  # since it has got on, off the clock
 
     def begin(self, timeout: float | None, elapsed: float = 0.0) -> None:
         """`elapsed` seconds ago."""
         self.start, self.pause = time.time() - elapsed, 0.0
         self.deadline = None if timeout is None else time.monotonic() + timeout - elapsed
 
-    def add_pause(self, pause: float) -> None:
+    def add_pause(self, pause: float, silence: float = 0.0) -> None:
         """The time for which it stood still is not its own. It never becomes less: where it seems to, its two parts
         were read while they were written."""
         pause = max(pause, self.pause)
         if self.deadline is not None:
             self.deadline += pause - self.pause
-        self.pause = pause
+        self.pause, self.silence = pause, silence
 
     def is_late(self, by: float = 0.0) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline + by
+
+    def is_silent(self, timeout: float | None) -> bool:
+        return self.silence >= silent_seconds(timeout)
 
 
 @dataclass(eq=False)
@@ -377,7 +403,7 @@ class _Worker:
     visible: str | None
     process: Any = field(init=False)
     connection: connection.Connection = field(init=False)
-    standstill: Any = field(init=False)  # quiet.Standstill, in memory that it shares
+    standstill: Any = field(init=False)  # see quiet.computing; in memory that it shares
     clock: Clock = field(default_factory=Clock)
     job: Job | None = None
     cell: Cell | None = None
@@ -390,7 +416,7 @@ class _Worker:
     def __post_init__(self):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.standstill = context.RawArray("d", 2)
+        self.standstill = context.RawArray("d", quiet.ON_THE_CLOCK)
         arguments = (theirs, self.standstill)
         self.process = context.Process(target=_work, args=arguments, name="cell worker", daemon=True)
         with _environment(self.threads, self.visible), _interrupts_blocked():
@@ -493,7 +519,7 @@ def _work(pipe: connection.Connection, standstill: Any) -> None:
         if isinstance(received, Job):
             job = received
             continue
-        standstill[:] = [0.0, 0.0]  # before it is asked for; that of the cell before is read until now
+        standstill[:] = quiet.ON_THE_CLOCK  # before it is asked for; that of the cell before is read until now
         pipe.send(("started",))
 
         def tell(kind: str, *values: Any) -> None:

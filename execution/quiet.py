@@ -13,6 +13,9 @@ for is the longest single operation of the others. A worker that hangs, or was s
 MEASURE_SECONDS where it was measuring itself, and no longer: then the others measure, or compute, beside it, and a
 measurement that was perhaps not alone says so. Without flock (Windows) nothing is paused.
 
+A cell is off the clock of run.cell_timeout while it stands still, and while it makes what all cells share. Meanwhile it
+gives signs of life; one that gives none for too long hangs, or was stopped, and is ended (executors.is_overdue).
+
 A system call that a signal interrupts is started again by the kernel, before Python sees the signal: a worker must not
 wait for another process in such a call (flock, or a write to a full pipe), but look again and again.
 """
@@ -38,6 +41,10 @@ except ImportError:
 TICK = 0.05  # seconds between two looks at the gate
 PAUSE_SECONDS = 180.0  # that a cell has for pausing, before a measurement begins all the same
 MEASURE_SECONDS = 600.0  # that a measurement has, before cells compute all the same; more than the above
+# that a cell may be off the clock without a sign of life, or run.cell_timeout where that is more; listing the files of
+# a large data set on a slow network disk gives none
+STILL_SECONDS = 1800.0
+ON_THE_CLOCK = (0.0, 0.0, 0.0)  # what is in the memory of `computing` then
 
 
 @dataclass
@@ -51,12 +58,12 @@ class Measurement:
 def computing(folder: Path | None = None, standstill: Any = None) -> Iterator[Room | None]:
     """Around a cell of a worker, in its main thread: it pauses whenever another one measures.
 
-    `standstill`, two doubles in memory that another process may read, say for how long it was off the clock: see
-    `standing`. Where locks cannot be had (no flock, no folder for temporary files), nothing is paused.
+    `standstill`, three doubles in memory that another process may read, say for how long it was off the clock: see
+    `standing` and `silence`. Where locks cannot be had (no flock, no folder for temporary files), nothing is paused.
     """
     global _room, _standstill
-    _standstill = [0.0, 0.0] if standstill is None else standstill
-    _standstill[:] = [0.0, 0.0]
+    _standstill = list(ON_THE_CLOCK) if standstill is None else standstill
+    _standstill[:] = ON_THE_CLOCK
     try:
         _room = None if fcntl is None else Room(folder or _default_folder())
     except OSError:
@@ -85,17 +92,27 @@ def alone() -> Iterator[Measurement]:
 
 
 @contextlib.contextmanager
-def off_the_clock() -> Iterator[None]:
-    """Around what is not the cell's own time: standing still, and making what cells share."""
+def off_the_clock(patience: float = 0.0) -> Iterator[None]:
+    """Around what is not the cell's own time: standing still, and making what cells share. Whoever gives no
+    `sign_of_life` meanwhile is taken to hang, but not within `patience` seconds, for what has such a limit itself."""
     standstill = _standstill
-    if standstill[1]:  # within another one: it stands still while it makes something
-        yield
+    if standstill[1]:  # within another one: it stands still while it makes something, which does not get on meanwhile
+        silent = time.monotonic() - standstill[2]
+        try:
+            yield
+        finally:
+            standstill[2] = time.monotonic() - silent
         return
+    standstill[2] = time.monotonic() + patience
     standstill[1] = start = time.monotonic()
     try:
         yield
     finally:
-        standstill[:] = [standstill[0] + time.monotonic() - start, 0.0]
+        standstill[:2] = [standstill[0] + time.monotonic() - start, 0.0]
+
+
+def sign_of_life() -> None:
+    _standstill[2] = time.monotonic()
 
 
 def paused_seconds() -> float:
@@ -106,8 +123,14 @@ def paused_seconds() -> float:
 
 def standing(standstill: Sequence[float]) -> float:
     """Seconds that a cell was off the clock: those that are over, and those since it went, if it is now."""
-    over, since = standstill
+    over, since, _ = standstill
     return over + (time.monotonic() - since if since else 0.0)
+
+
+def silence(standstill: Sequence[float]) -> float:
+    """Seconds since a cell that is off the clock has given a sign of life."""
+    _, since, sign = standstill
+    return max(0.0, time.monotonic() - max(since, sign)) if since else 0.0
 
 
 def _default_folder() -> Path:
@@ -178,7 +201,7 @@ class Room:
             if closed == _given_up or time.monotonic() - start > MEASURE_SECONDS:
                 _given_up = closed
                 return False
-            time.sleep(TICK)
+            _wait()
         return True
 
     def _closed(self) -> int:
@@ -202,6 +225,11 @@ class Room:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def _wait() -> None:
+    sign_of_life()
+    time.sleep(TICK)
+
+
 def _is_got(file: int, kind: int, seconds: float = 0.0) -> bool:
     """Whether the lock can be had, at once or within so many seconds."""
     end = time.monotonic() + seconds
@@ -211,11 +239,12 @@ def _is_got(file: int, kind: int, seconds: float = 0.0) -> bool:
         except BlockingIOError:
             if time.monotonic() >= end:
                 return False
-            time.sleep(TICK)
+            _wait()
         else:
             return True
 
 
 _room: Room | None = None
-_standstill: Any = [0.0, 0.0]  # seconds off the clock that are over; since when (monotonic), 0 where it computes
+# seconds off the clock that are over; since when (monotonic), 0 where it computes; when it gave the last sign of life
+_standstill: Any = list(ON_THE_CLOCK)
 _given_up: int | None = None  # the measurement that this process no longer waits for

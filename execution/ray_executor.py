@@ -32,6 +32,7 @@ from execution.executors import (
     Ended,
     check_gpus,
     died,
+    is_overdue,
     lost_attempt,
     lost_outcome,
     timed_out,
@@ -105,7 +106,7 @@ class Ray:
         waiting: list[_RayCell] = []  # until a worker may begin again
         by_id = {cell.id: _RayCell(cell) for cell in cells}
         submit(list(by_id.values()))
-        last = time.monotonic()
+        timeout, last = self.settings.cell_timeout, time.monotonic()
         try:
             while running or waiting:
                 if waiting and time.monotonic() >= self.start_again:
@@ -124,7 +125,7 @@ class Ray:
                     else:
                         waiting.append(of)
                 for ref, of in list(running.items()):
-                    if of.clock.is_late(HEARD_SECONDS) and not of.is_late:
+                    if not of.is_late and is_overdue(of.cell, of.clock, timeout, report, HEARD_SECONDS):
                         of.is_late, of.cancelled = True, time.monotonic()
                         ray.cancel(ref, force=True)
                     if of.is_late and time.monotonic() > of.cancelled + CANCEL_SECONDS:  # it cannot even be killed
@@ -296,7 +297,7 @@ class Ray:
         report.told(of.cell.id, "line", f"Ray: a cell was not begun: {of.why_lost()}; tried again in {pause:g} s")
 
     def _timed_out(self, of: _RayCell) -> Outcome:
-        return of.lost_outcome(timed_out(self.settings.cell_timeout))
+        return of.lost_outcome(timed_out(self.settings.cell_timeout, of.clock))
 
 
 def _shortened(text: str, most: int = 500) -> str:
@@ -373,7 +374,7 @@ def _told_standstill(send: Any) -> Iterator[Any]:
     itself then, so that this time is not taken for its own. Not from the handler of the signal that makes it stand
     still: it comes at any moment, also in the midst of another message. It also tells now and then that the cell has
     started, and when, without which its time would have no limit."""
-    standstill = [0.0, 0.0]
+    standstill = list(quiet.ON_THE_CLOCK)
     ended = threading.Event()
     start = said = time.monotonic()
 
@@ -385,7 +386,7 @@ def _told_standstill(send: Any) -> Iterator[Any]:
                 send("started", worker_name(), now - start)
                 said = now
             if (seconds := quiet.standing(standstill)) > told:
-                send("standstill", seconds)
+                send("standstill", seconds, quiet.silence(standstill))
                 told = seconds
 
     watching = threading.Thread(target=watch, daemon=True)

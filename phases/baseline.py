@@ -187,6 +187,7 @@ class DatasetCache:
 
             def decoding(what: str, done: int, total: int) -> None:
                 report.progress(f"{what} {done}/{total}", 0.0)
+                quiet.sign_of_life()
 
             with quiet.off_the_clock():  # all cells share it, and one of them happens to decode it
                 dataset = load_dataset(config, name, decoding, only)

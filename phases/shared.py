@@ -241,7 +241,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         try:
             path.parent.mkdir(exist_ok=True)
             lock = FileLock(path.with_suffix(".lock"), fallback_to_soft=False)
-            with quiet.off_the_clock():  # what the other one does is not this cell's own
+            with quiet.off_the_clock(PATIENCE):  # what the other one does is not this cell's own
                 stack.enter_context(lock.acquire(timeout=PATIENCE, poll_interval=POLL))
         except (OSError, NotImplementedError):  # nothing can be written, there are no locks, the other one never ends
             pass

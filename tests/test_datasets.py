@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -716,6 +717,32 @@ def test_two_writers_share_one_cache(tmp_path, no_decoding):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and printed.endswith("faces: images 100 100\n")
     assert np.abs(images[:, 16, 16].astype(int) - [colour_of(i) for i in range(100)]).max() <= 3
+
+
+def test_who_waits_for_images_says_so_as_long_as_their_writer_gets_on(tmp_path, monkeypatch):
+    """Whoever that is: where it was killed, another one begins anew."""
+    now, told = [1000.0], []
+    monkeypatch.setattr(image_cache, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    wait = image_cache._while_it_grows(tmp_path / "faces-01", lambda: told.append(now[0]))
+
+    def is_told_after(seconds: float) -> bool:
+        now[0] += seconds
+        before = len(told)
+        wait()
+        return len(told) > before
+
+    def write(part: str, count: int) -> None:
+        (tmp_path / part).mkdir(exist_ok=True)
+        (tmp_path / part / "images.npy").write_bytes(bytes(count))
+
+    assert is_told_after(0) and is_told_after(599) and not is_told_after(1)
+    for count in (10, 20):
+        write("faces-01.7-ab.part", count)
+        assert is_told_after(700) and is_told_after(599) and not is_told_after(1)
+    write("faces-02.8-cd.part", 10)  # of other images
+    assert not is_told_after(1)
+    write("faces-01.9-ef.part", 20)
+    assert is_told_after(1) and is_told_after(599) and not is_told_after(1)
 
 
 def test_blocks_are_joined_in_order(tmp_path):

@@ -489,6 +489,66 @@ def test_data_that_take_longer_to_decode_than_a_cell_may_take_make_no_cell_late(
     assert late["end"] - late["start"] >= 9
 
 
+def hanging_while_it_decodes(config, store, device, data=None):
+    """A computation that opens the data set. Whoever decodes it first gets on for longer than a cell may take, until
+    another one waits for it, and then hangs: its process is stopped, or, on Ray, one call of it never returns."""
+    data = DatasetCache(config)
+    write = image_cache._write
+
+    def hanging(blocks):
+        block, row = next(blocks), 0
+        while row < 7 or len(list(store.root.glob("*.begun"))) < 2:
+            time.sleep(0.5)
+            columns = {name: values[row : row + 1] for name, values in block.columns.items()}
+            yield image_cache.Block(block.images[row : row + 1], columns=columns)
+            row += 1
+        (store.root / "hangs").touch()
+        if config.run.executor == "processes":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(600)
+
+    def write_or_hang(folder, shape, blocks, label, progress):
+        with contextlib.suppress(FileExistsError):
+            (store.root / "decodes").open("x").close()
+            blocks = hanging(blocks)
+        write(folder, shape, blocks, label, progress)
+
+    def compute(cell: Cell, report) -> CellResult:
+        (store.root / f"{cell.id}.begun").touch()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(image_cache, "_write", write_or_hang)
+            data.load("synthetic", report)
+        return faulty(config, store, device)(cell, report)
+
+    return compute
+
+
+@pytest.mark.skipif(fcntl is None, reason="who waits for images waits by flock")
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_a_cell_that_hangs_while_it_decodes_is_ended_and_another_one_decodes(
+    tiny, tmp_path, monkeypatch, request, executor
+):
+    """Though it is off the clock of run.cell_timeout; not before, nor is the one that waits for it."""
+    settings = [f"run.executor={executor}", "run.jobs=2", "run.cell_timeout=2", f"data.cache={tmp_path / 'cache'}"]
+    config, store, report = load_config(tiny, settings), Store(tmp_path / "results"), Report(quiet=True)
+    monkeypatch.setattr(quiet, "STILL_SECONDS", 0.5)
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    else:
+        monkeypatch.setenv("TMPDIR", str(tmp_path))  # a stopped one keeps no other test's cells from measuring
+    store.prepare("")
+    report.log = Log()
+    cells = [made_up("one", do="nothing"), made_up("other", do="nothing")]
+    run_cells("quantization", cells, hanging_while_it_decodes, config, store, report)
+    done, ended = sorted((store.record(cell.id)["row"] for cell in cells), key=lambda row: row["status"])
+    assert (done["status"], done["error"], ended["status"]) == ("done", None, "failed")
+    why = "it opens data, waits or stands still, and has not got on for 2 s"
+    assert ended["error"] == f"CellTimeout: timed out: {why} (run.cell_timeout)"
+    assert (store.root / "hangs").exists()
+    entry = report.log.entries[done["cell"]]
+    assert entry["seconds"] < 2 <= entry["end"] - entry["start"]
+
+
 @pytest.mark.parametrize("executor", ["processes", "ray"])
 def test_the_seconds_of_a_cell_that_was_lost_or_late_are_its_own(tmp_path, monkeypatch, request, executor):
     """Not those for which it stood still: by them the time that is spent is reckoned."""
@@ -879,6 +939,53 @@ def test_a_pause_that_was_read_while_it_was_written_makes_no_cell_late():
     assert clock.deadline == deadline
     clock.add_pause(60.0)
     assert clock.deadline == pytest.approx(deadline + 10)
+
+
+def test_who_is_off_the_clock_gives_signs_of_life(monkeypatch):
+    """Its silence is not what it stands still for another one's measurement, nor what it has patience for."""
+    now, standstill = [1000.0], list(quiet.ON_THE_CLOCK)
+    monkeypatch.setattr(quiet, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(quiet, "_standstill", standstill)
+
+    def silent_after(seconds: float) -> float:
+        now[0] += seconds
+        return quiet.silence(standstill)
+
+    assert silent_after(5) == 0
+    with quiet.off_the_clock():
+        assert silent_after(5) == 5
+        quiet.sign_of_life()
+        assert silent_after(2) == 2
+        with quiet.off_the_clock():
+            quiet.sign_of_life()
+            assert silent_after(50) == 50  # stopped in the midst of it, say
+        assert silent_after(1) == 3
+    assert silent_after(5) == 0 and quiet.standing(standstill) == 58
+    with quiet.off_the_clock(10):
+        assert silent_after(9) == 0
+        assert silent_after(4) == 3
+    with quiet.off_the_clock(100):
+        pass
+    with quiet.off_the_clock():
+        assert silent_after(7) == 7
+
+
+def test_a_cell_that_does_not_get_on_is_ended_or_told_of_once(capsys):
+    """Off its clock for half an hour, or for as long as a cell may take; where no limit is set nobody may end it."""
+    cell, clock, report = made_up("hangs"), Clock(), Report(quiet=True)
+    why = "it opens data, waits or stands still, and has not got on for"
+    for timeout, seconds in ((4.0, 1800.0), (3600.0, 3600.0), (None, 1800.0)):
+        clock.begin(timeout)
+        clock.add_pause(5000.0, seconds - 1)
+        assert not executors.is_overdue(cell, clock, timeout, report)
+        for _ in range(2):
+            clock.add_pause(5001.0, seconds)
+            assert executors.is_overdue(cell, clock, timeout, report) == (timeout is not None)
+        if timeout is not None:
+            assert str(executors.timed_out(timeout, clock)) == f"timed out: {why} {seconds:g} s (run.cell_timeout)"
+        clock.add_pause(5002.0)  # it gets on
+        assert not executors.is_overdue(cell, clock, timeout, report)
+    assert capsys.readouterr().out == f"  hangs: {why} 1800 s; with run.cell_timeout it would be ended\n"
 
 
 def test_a_cell_that_has_ended_is_not_late_though_it_was_not_heard(tmp_path):

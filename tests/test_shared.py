@@ -169,9 +169,16 @@ def test_waiting_for_another_cell_is_not_a_cells_own_time(shared):
     measuring.start()
     assert begun.wait(10)
     before = quiet.paused_seconds()
-    threading.Timer(1.0, goes_on.set).start()  # this thread waits by then, or a little later
+    silent = []
+
+    def go_on() -> None:
+        silent.append(quiet.silence(quiet._standstill))
+        goes_on.set()
+
+    threading.Timer(1.0, go_on).start()  # this thread waits by then, or a little later
     assert np.array_equal(make().once(cell, "f", lambda: pytest.fail("twice")).values_LWN, table.values_LWN)
     assert 0 < quiet.paused_seconds() - before < 60
+    assert silent == [0.0]  # it ends by itself, and need not say that it gets on
     measuring.join()
     before = quiet.paused_seconds()
     make().once(cell, "another", lambda: time.sleep(0.3) or table)  # what it measures itself is
