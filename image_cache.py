@@ -44,6 +44,8 @@ DECODED_TOGETHER = 4  # images that a thread decodes before it looks for more
 LOCK_TICK = 0.05  # seconds between two looks at a lock that another process holds
 GROWTH_SECONDS = 600.0  # without growth of a part, after which whoever waits for it no longer says that it gets on
 LEFT_SECONDS = 3600.0  # since anything was written, after which a part is a leftover where no lock tells
+may_decode = threading.Event()  # cleared while this process stands still for another one (execution/quiet.py)
+may_decode.set()
 
 Progress = Callable[[str, int, int], None]  # (what, done, total), as long as it gets on
 
@@ -163,6 +165,7 @@ def decoded_images(
         """Into these rows of a block that begins at `first` -> row within it: why it has no image."""
         broken = {}
         for row in rows:
+            may_decode.wait()
             image = _decode_or_reason(root / files[first + row], image_size)
             if isinstance(image, str):
                 broken[row] = image

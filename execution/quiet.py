@@ -6,7 +6,8 @@ QAT model is a training); measuring only between cells would leave cores idle fo
 the others are paused for as long as the measurement takes: a turnstile of two flock locks, which every worker of this
 machine shares, whatever the executor and the run. A cell that computes holds `room` (shared) and looks at `gate` every
 TICK seconds, from a signal handler, that is: between two operations; where the gate is closed it gives up the room
-until it opens. Who measures closes the gate, waits until the room is empty, and has it alone.
+until it opens, and its threads decode no other image. Who measures closes the gate, waits until the room is empty, and
+has it alone.
 
 Locks of a dead process are released by the kernel, so that nobody waits for a worker that was killed. What is waited
 for is the longest single operation of the others. A worker that hangs, or was stopped, is waited for PAUSE_SECONDS, or
@@ -32,6 +33,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import image_cache
 
 try:
     import fcntl
@@ -216,8 +219,12 @@ class Room:
             torch = sys.modules.get("torch")
             if torch is not None and torch.cuda.is_initialized():
                 torch.cuda.synchronize()  # what is queued on the GPU runs on without this process
-            fcntl.flock(self.room, fcntl.LOCK_UN)
-            self.enter()
+            image_cache.may_decode.clear()  # its threads do not hear the signal
+            try:
+                fcntl.flock(self.room, fcntl.LOCK_UN)
+                self.enter()
+            finally:
+                image_cache.may_decode.set()
         self._arm(TICK)  # one look at a time: a timer that repeats would interrupt the waiting
 
     @staticmethod

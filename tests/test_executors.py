@@ -1314,6 +1314,49 @@ def test_who_waits_for_decoded_images_stands_still_too(tmp_path):
             process.wait()
 
 
+DECODES_MANY = """
+import sys, time
+from pathlib import Path
+import numpy as np
+import image_cache
+from execution import quiet
+folder, cache, begun = map(Path, sys.argv[1:])
+begun = begun.open("ab", buffering=0)
+def decode(path, size):
+    begun.write(b".")
+    time.sleep(0.002)
+    return np.zeros((size, size, 3), np.uint8)
+image_cache.decode_image = decode
+files = [str(number) for number in range(20_000)]
+with quiet.computing(folder):
+    image_cache.decoded_images(cache, "many", Path(), files, np.zeros(len(files), int), 2, workers=2)
+"""
+
+
+@pytest.mark.skipif(fcntl is None, reason="cells pause by flock")
+def test_the_threads_that_decode_stand_still_with_their_process(tmp_path):
+    """But for the image that each of them has in hand; though the signal is heard by the main thread alone."""
+    names = ("locks", "cache", "begun")
+    command = [sys.executable, "-c", DECODES_MANY, *(str(tmp_path / name) for name in names)]
+
+    def begun() -> int:
+        return (tmp_path / "begun").stat().st_size if (tmp_path / "begun").exists() else 0
+
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            until(lambda: begun() > 10)
+            with (tmp_path / "locks" / "gate").open("w") as gate, (tmp_path / "locks" / "room").open("w") as room:
+                fcntl.flock(gate, fcntl.LOCK_EX)
+                fcntl.flock(room, fcntl.LOCK_EX)  # it has gone out
+                reached = begun()
+                time.sleep(0.5)
+                assert begun() <= reached + 2
+            until(lambda: begun() > reached + 20)
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
 HURRIED = "from execution import quiet\nquiet.PAUSE_SECONDS, quiet.MEASURE_SECONDS = 2.0, 4.0\n"
 SAYS_WHETHER_ALONE = """
 import sys
