@@ -47,6 +47,8 @@ STANDSTILL_SECONDS = 1.0  # between two messages of a cell that stands still
 HEARD_SECONDS = 5.0  # past its limit, after which a cell that stood still would have been heard
 CANCEL_SECONDS = 60.0  # after that, until a worker that does not end is given up
 NO_ROOM_SECONDS = 600.0  # that cells wait for places, where such workers hold some
+LOOK_SECONDS = 60.0  # that nothing is at work and cells wait, until the nodes are looked at; and between two looks
+NO_NODE_SECONDS = 1800.0  # that cells wait for another node, where those that could compute them are lost
 STARTED_SECONDS = 5.0  # between two messages that a cell has started: one may be lost with the actor
 RAISED_STARTS = 8  # times in a row, with pauses two minutes: a worker that imports from a slow disk is there by then
 
@@ -72,6 +74,9 @@ class Ray:
         self.failed_starts = 0  # in a row
         self.has_worked = False  # any cell has begun: what keeps another one from it may pass
         self.start_again = 0.0  # when (monotonic) cells that did not begin are submitted again
+        self.at_work = 0.0  # when (monotonic) a cell was last being computed
+        self.looked = 0.0  # when the nodes were last looked at
+        self.no_node: float | None = None  # since when no node could compute a cell; None: one can
 
     def run(self, job: Job, compute: Compute | None, cells: Sequence[Cell], report: Any) -> Iterator[Ended]:
         if not cells:
@@ -106,7 +111,8 @@ class Ray:
         waiting: list[_RayCell] = []  # until a worker may begin again
         by_id = {cell.id: _RayCell(cell) for cell in cells}
         submit(list(by_id.values()))
-        timeout, last = self.settings.cell_timeout, time.monotonic()
+        timeout = self.settings.cell_timeout
+        self.at_work, self.no_node = time.monotonic(), None
         try:
             while running or waiting:
                 if waiting and time.monotonic() >= self.start_again:
@@ -130,16 +136,12 @@ class Ray:
                         ray.cancel(ref, force=True)
                     if of.is_late and time.monotonic() > of.cancelled + CANCEL_SECONDS:  # it cannot even be killed
                         del running[ref], by_id[of.cell.id]
-                        self.given_up, last = self.given_up + 1, time.monotonic()
+                        self.given_up, self.at_work = self.given_up + 1, time.monotonic()
                         yield of.cell, self._timed_out(of)
-                if not self.given_up or any(of.has_started for of in running.values()):
-                    last = time.monotonic()
-                elif running and time.monotonic() > last + NO_ROOM_SECONDS:
-                    raise ConfigError(
-                        f"run.executor: {self.given_up} workers that cannot be ended hold places of Ray, and nothing "
-                        "has started for a while; finished cells are kept: start Ray anew and run the same command "
-                        "again"
-                    )
+                if ended or any(of.has_started for of in running.values()):
+                    self.at_work, self.no_node = time.monotonic(), None
+                elif running:
+                    self._check_places(next(iter(running.values())).cell, report)
         finally:
             for ref in running:
                 with contextlib.suppress(ray.exceptions.RayError):  # it would hide why the run ends
@@ -191,16 +193,48 @@ class Ray:
 
     def _check_room(self) -> None:
         """ConfigError where no node could ever compute a cell, which would wait for one for ever."""
+        check_gpus(self.gpus)
+        if lack := self._lack():
+            raise ConfigError(f"run.threads_per_cell, run.gpus_per_cell: {lack}; lower them, or start such a node")
+
+    def _lack(self) -> str | None:
+        """What is wrong where no living node could compute a cell, were it free."""
         import ray
 
-        check_gpus(self.gpus)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         wanted = {"CPU": float(self.settings.threads_per_cell), "GPU": self.gpus}
-        if not any(all(node.get(kind, 0.0) >= number for kind, number in wanted.items()) for node in nodes):
-            most = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        if any(all(node.get(kind, 0.0) >= number for kind, number in wanted.items()) for node in nodes):
+            return None
+        most = dict.fromkeys(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        return (
+            f"a cell takes {wanted['CPU']:g} CPUs and {self.gpus:g} GPUs, and no node of Ray has them "
+            f"(there are: {', '.join(most)})"
+        )
+
+    def _check_places(self, cell: Cell, report: Any) -> None:
+        """Cells wait, such as this one, and none is being computed. ConfigError where it has been so for long, and they
+        would wait for ever: workers that were given up hold the places, or the nodes that had them are lost, of which a
+        line tells before: an autoscaler may start others, or whoever reads it."""
+        now = time.monotonic()
+        if self.given_up and now > self.at_work + NO_ROOM_SECONDS:
             raise ConfigError(
-                f"run.threads_per_cell, run.gpus_per_cell: a cell takes {wanted['CPU']:g} CPUs and {self.gpus:g} GPUs, "
-                f"and no node of Ray has them (there are: {most}); lower them"
+                f"run.executor: {self.given_up} workers that cannot be ended hold places of Ray, and nothing "
+                "has started for a while; finished cells are kept: start Ray anew and run the same command "
+                "again"
+            )
+        if now < max(self.at_work, self.looked) + LOOK_SECONDS:
+            return
+        self.looked, lack = now, self._lack()
+        if lack is None:  # it is taken, or a worker starts there
+            self.no_node = None
+        elif self.no_node is None:
+            self.no_node = now
+            until = f"cells wait for such a node, for {NO_NODE_SECONDS / 60:g} minutes at most"
+            report.told(cell.id, "line", f"Ray, at {time.strftime('%H:%M')}: {lack}; {until}")
+        elif now > self.no_node + NO_NODE_SECONDS:
+            raise ConfigError(
+                f"run.executor: Ray has lost its nodes for cells: {lack}; finished cells are kept: start such a node "
+                "and run the same command again"
             )
 
     def _drain(self, by_id: dict[str, _RayCell], report: Any) -> None:
