@@ -15,6 +15,8 @@ import importlib.util
 import os
 import pickle
 import signal
+import socket
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +43,7 @@ from execution.run_log import worker_name
 from plan import Cell
 
 ROOT = Path(__file__).parent.parent
+ADDRESS_SECONDS = 30.0  # that a Ray which is just being started has until it listens
 RAY_SECONDS = 0.25  # between two looks at what cells tell
 ACTOR_SECONDS = 10.0  # that the actor has for an answer, until cells go on being looked at without
 STANDSTILL_SECONDS = 1.0  # between two messages of a cell that stands still
@@ -181,15 +184,30 @@ class Ray:
                 cpus = self.settings.jobs * self.settings.threads_per_cell
                 options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
             try:
+                _check_address(self.settings.address or "")
                 with _same_termination():
                     ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env=self.environment)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError(f"run.address: Ray cannot be reached or started: {one_line(error)}") from None
+            except Exception as error:  # whatever Ray raises: of a node that does not start, a bare Exception
+                raise ConfigError(self._not_there(error)) from None
         self._check_room()
         # on this node: it is lost with this program, and not with a worker's node
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
         self.events = ray.remote(_Events).options(**options).remote()
+
+    def _not_there(self, error: Exception) -> str:
+        """Why there is no Ray, which itself says so at length, and what to do."""
+        why = textwrap.shorten(one_line(error), 300, placeholder=" …").removesuffix(".")
+        address = self.settings.address
+        if address is None:
+            return (
+                f"run.executor: Ray cannot be started: {why}; free memory and room in /tmp, and run the same command "
+                "again (Ray's logs: /tmp/ray/session_latest/logs), or do without it: run.executor=processes"
+            )
+        return (
+            f"run.address: Ray cannot be reached ({address}): {why}; look there with ray status, start it with ray "
+            "start --head where it does not run, and run the same command again"
+        )
 
     def _check_room(self) -> None:
         """ConfigError where no node could ever compute a cell, which would wait for one for ever."""
@@ -337,6 +355,20 @@ class Ray:
 def _shortened(text: str, most: int = 500) -> str:
     """Without its middle: an import that failed is told of at the end."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+def _check_address(address: str) -> None:
+    """OSError where nobody listens at host:port: Ray itself would try for many minutes, and say much meanwhile."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    until = time.monotonic() + ADDRESS_SECONDS
+    while port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ADDRESS_SECONDS).close()
+            return
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(RAY_SECONDS)
 
 
 @contextlib.contextmanager

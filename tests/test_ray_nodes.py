@@ -1,8 +1,9 @@
-"""Nodes of Ray that are lost while a study runs. They are processes of this machine.
+"""Nodes of Ray that are lost while a study runs, and a Ray that is not there. The nodes are processes of this machine.
 
 Workers import this module, and no torch: they are there within a second or two.
 """
 
+import socket
 import threading
 import time
 from concurrent.futures import Future
@@ -145,3 +146,50 @@ def test_cells_wait_for_another_node_and_not_for_ever(cluster, tmp_path, monkeyp
     assert len(run.warned) == 2 and "for 30 minutes at most" in run.warned[0]
     assert run.nodes(second) == [large.node_id, another.node_id]
     assert run.done() == {first} and not run.store.record_path(second).exists()
+
+
+LATE = "The current node timed out during startup. This could happen because\nsome of the raylet failed to startup."
+FULL = OSError(28, "No space left on device", "/tmp/ray")
+TOKEN = RuntimeError("Token authentication is enabled,\nand there is no token.")
+
+
+def not_there(folder: Path, *settings: str) -> str:
+    """The one line that a run ends with which gets no Ray."""
+    store = Store(folder)
+    store.prepare("")
+    config = load_config(None, ["run.executor=ray", *settings])
+    with pytest.raises(ConfigError) as ended:
+        run_cells("quantization", [made_up("one")], staying, config, store, Report(quiet=True))
+    assert "\n" not in str(ended.value) and "run the same command again" in str(ended.value)
+    return str(ended.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "line"),
+    [
+        ([], Exception(LATE), "run.executor: Ray cannot be started: Exception: The current node timed out during "),
+        ([], FULL, "run.executor: Ray cannot be started: OSError: [Errno 28] No space left on device: '/tmp/"),
+        (["run.address=auto"], TOKEN, "run.address: Ray cannot be reached (auto): RuntimeError: Token authentication "),
+    ],
+    ids=["late", "full", "token"],
+)
+def test_a_ray_that_cannot_be_had_is_one_line(settings, error, line, tmp_path, monkeypatch):
+    """Whatever ray.init raises."""
+
+    def fail(**options):
+        raise error
+
+    monkeypatch.setattr(pytest.importorskip("ray"), "init", fail)
+    assert not_there(tmp_path, *settings).startswith(line)
+
+
+def test_an_address_at_which_nobody_listens_is_one_line(tmp_path, monkeypatch):
+    """Ray itself would try for ten minutes."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr(ray_executor, "ADDRESS_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    start = time.monotonic()
+    line = not_there(tmp_path, f"run.address={address}")
+    assert line.startswith(f"run.address: Ray cannot be reached ({address}): ConnectionRefusedError: ")
+    assert 0.5 <= time.monotonic() - start < 10
