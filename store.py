@@ -210,14 +210,14 @@ class Store:
         """running/<cell>.json says who computes the cell, while he does. Not synced: a power cut may lose it."""
         path = self._marker(cell)
         temporary = _temporary_beside(path)
-        with write_errors(path):
-            path.parent.mkdir(exist_ok=True)
-            try:
-                temporary.write_text(json.dumps({"cell": cell, **asdict(Owner.this_process())}), encoding="utf-8")
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        try:
+        try:  # from here on: a Ctrl-C may come as soon as it is written
+            with write_errors(path):
+                path.parent.mkdir(exist_ok=True)
+                try:
+                    temporary.write_text(json.dumps({"cell": cell, **asdict(Owner.this_process())}), encoding="utf-8")
+                    os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
             yield
         finally:
             self.unmark(cell)

@@ -82,8 +82,10 @@ FAULTS = {  # what is done to the disk once the first cell has ended, what is sa
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("executor", ["processes", "ray"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("executor", "fault"),
+    [*(("processes", fault) for fault in FAULTS), ("ray", "full"), ("ray", "gone")],  # read-only is told as full is
+)
 def test_a_disk_that_fails_under_workers(fault, executor, config, undisturbed, tmp_path):
     if executor == "ray":
         pytest.importorskip("ray")

@@ -562,6 +562,21 @@ def test_running_marks(tmp_path):
     assert store.marked() == []
 
 
+def test_ctrl_c_as_soon_as_a_mark_is_written_leaves_none(tmp_path, monkeypatch):
+    store, replace = Store(tmp_path / "results"), os.replace
+    store.prepare("")
+
+    def replace_and_interrupt(*paths):
+        replace(*paths)
+        assert [cell for cell, _ in store.marked()] == ["a"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace_and_interrupt)
+    with pytest.raises(KeyboardInterrupt), store.mark_running("a"):
+        pytest.fail("it was interrupted before")
+    assert store.marked() == [] and not list((store.root / "running").iterdir())
+
+
 def test_a_temporary_of_a_process_that_had_this_ones_number_is_removed(tmp_path):
     store = Store(tmp_path / "results")
     store.prepare("")

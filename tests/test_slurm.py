@@ -113,14 +113,14 @@ def job(tmp_path):
     jobs = []
 
     def end() -> None:
-        """As Slurm does with the steps of a job that has ended."""
+        """As Slurm does with the steps of a job that has ended, but that those which go on have less time."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in processes_marked(mark):
                 with contextlib.suppress(ProcessLookupError):  # another one has taken it along
                     os.kill(pid, number)
             if number == signal.SIGTERM:
                 try:
-                    until(lambda: not processes_marked(mark), 30)
+                    until(lambda: not processes_marked(mark), 5)
                 except AssertionError:
                     continue
                 return
@@ -176,14 +176,14 @@ def test_a_study_is_run_once_however_it_ends(status, script):
 
 
 def test_fresh_clears_once_and_what_was_computed_since_is_kept(script, tmp_path):
-    """A real run, behind a job that was killed and whose folder is free in half a minute, to a disk that fills up."""
+    """A real run, behind a job that was killed and whose folder is free soon, to a disk that fills up."""
     config, results = write_config(tmp_path, seeds=2), tmp_path / "results"
     assert run_here(config, results) == 0
     store, names = Store(results), cells_of(config)
     before = {name: store.record_path(name).stat().st_mtime_ns for name in names}
     killed = dataclasses.replace(Owner.this_process(), host="node17", pid=4711)
     (results / ".lock.json").write_text(json.dumps(dataclasses.asdict(killed)))
-    last = time.time() - SILENCE + 30
+    last = time.time() - SILENCE + 15
     os.utime(results / ".lock.json", (last, last))
     (tmp_path / "full.py").write_text(FULL_DISK)
     paths = f"{ROOT}:{ROOT / 'tests'}"
