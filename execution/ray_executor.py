@@ -183,6 +183,7 @@ class Ray:
             if self.settings.address is None:
                 cpus = self.settings.jobs * self.settings.threads_per_cell
                 options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+                os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: behind all that Ray itself does
             try:
                 _check_address(self.settings.address or "")
                 with _same_termination():

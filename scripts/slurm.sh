@@ -13,6 +13,7 @@ set -eu
 cd "$SLURM_SUBMIT_DIR"
 source "${VIRTUAL_ENV:-.venv}/bin/activate"
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since 22.05 srun takes no --cpus-per-task from sbatch: one CPU a step
+export RAY_worker_niceness=0 # Ray would run cells at 15, behind everything else
 export RAY_AUTH_MODE=token # nobody else on these nodes can use this Ray
 RAY_AUTH_TOKEN=$(python -c "import secrets; print(secrets.token_hex(32))")
 export RAY_AUTH_TOKEN

@@ -1084,6 +1084,11 @@ def hears_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def niceness(pid: int) -> int | None:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpriority(os.PRIO_PROCESS, pid)
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("executor", "number", "jobs"),
@@ -1106,6 +1111,7 @@ def test_no_worker_outlives_the_program(tiny, serial, tmp_path, executor, number
         seeds = [f"-s{seed}-fp32" for seed in range(jobs)]
         until(lambda: all(seed in (tmp_path / "out").read_text() for seed in seeds))
         assert len(processes_marked(mark)) >= 1 + jobs
+        assert {niceness(pid) for pid in processes_marked(mark)} <= {niceness(os.getpid()), None}  # Ray's own were 15
         (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
         status = process.wait(60)
         until(lambda: not processes_marked(mark), 30)
