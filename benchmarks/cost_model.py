@@ -734,7 +734,11 @@ def table_of_kinds(costs: list[tuple[Cell, Seconds]]) -> None:
 
 
 def check(results: Path, model: CostModel) -> int:
-    """Print what was predicted of the cells that a run has computed, and what they took, by its log."""
+    """Print what was predicted of the cells that a run has computed, and what they took, by its log.
+
+    On another machine than the one that was measured the last row says how much faster it is, and the last column how
+    far each kind is from that.
+    """
     config = load_config(results / "config.yaml", [])
     if config.run.threads_per_cell != 1:
         print(f"{results}: {config.run.threads_per_cell} threads a cell; what is predicted is of one", file=sys.stderr)
@@ -744,14 +748,15 @@ def check(results: Path, model: CostModel) -> int:
         return 2
     paid: set[tuple] = set()
     pairs = [(cell, model.cell(cell, config, paid).on(), seconds) for cell, seconds in ran]
-    print("| what | cells | measured (s) | predicted (s) | predicted / measured | median error of a cell |")
-    print("|---|---|---|---|---|---|")
+    print("| what | cells | measured (s) | predicted (s) | predicted / measured | median error of a cell | of all's |")
+    print("|---|---|---|---|---|---|---|")
+    overall = sum(said for _, said, _ in pairs) / sum(took for _, _, took in pairs)
     for label in (kind_of, lambda cell: cell.model, lambda cell: "all"):
         for name in sorted({label(cell) for cell, _, _ in pairs}):
             said, took = np.array([pair[1:] for pair in pairs if label(pair[0]) == name]).T
             print(
                 f"| {name} | {len(took)} | {took.sum():.0f} | {said.sum():.0f} | {said.sum() / took.sum():.2f} | "
-                f"{np.median(np.abs(said / took - 1)):.0%} |"
+                f"{np.median(np.abs(said / took - 1)):.0%} | {said.sum() / took.sum() / overall:.2f} |"
             )
     return 0
 

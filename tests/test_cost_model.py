@@ -325,9 +325,9 @@ def test_a_run_is_compared_with_what_was_predicted_of_it(model, tmp_path, capsys
     lines = {line.split(" | ")[0]: line for line in capsys.readouterr().out.splitlines()}
     first, second = (seconds for _, seconds in baselines)
     said, took = first + second, first + second / 2
-    assert lines["| all"] == f"| all | 2 | {took:.0f} | {said:.0f} | {said / took:.2f} | 50% |"
+    assert lines["| all"] == f"| all | 2 | {took:.0f} | {said:.0f} | {said / took:.2f} | 50% | 1.00 |"
     assert lines["| baseline"] == lines["| all"].replace("all", "baseline")
-    assert lines[f"| {baselines[1][0].model}"].endswith("| 2.00 | 100% |")
+    assert lines[f"| {baselines[1][0].model}"].endswith(f"| 2.00 | 100% | {2 * took / said:.2f} |")
     assert check_of_an_empty_folder(tmp_path / "empty", model, config) == 2
 
 
