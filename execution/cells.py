@@ -8,8 +8,6 @@ and checkpoints, and gives back the row; the program that it works for writes th
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import gc
 import linecache
 import os
@@ -26,7 +24,7 @@ from typing import Any
 import threadpoolctl
 
 from config import Config, ConfigError
-from execution import quiet
+from execution import memory, quiet
 from execution.run_lock import record_of
 from execution.run_log import peak_memory_mb, reset_peak_memory, worker_name
 from image_cache import DataError
@@ -119,6 +117,7 @@ def compute_cell(cell: Cell, compute: Compute, job: Job, tell: Tell) -> Outcome:
     """The cell's outcome, also where it fails; raises what is FATAL, and PoisonedError. Meanwhile a mark in the results
     folder says who computes it."""
     _check_folder(job)
+    memory.keep_freed()
     with Store(job.results_dir).mark_running(cell.id), _forgetting_sources():
         outcome = _compute(cell, compute, job.config, tell)
         try:
@@ -292,7 +291,7 @@ def _free_memory(at_once: bool) -> None:
     if start < _look_again and not at_once:
         return
     gc.collect()
-    _trim()
+    memory.give_back()
     now = time.monotonic()
     _look_again = now + (now - start) / GARBAGE_SHARE
     if _has_gpu():
@@ -300,19 +299,6 @@ def _free_memory(at_once: bool) -> None:
 
 
 _look_again = 0.0  # when (monotonic) garbage is looked for again
-
-
-def _malloc_trim() -> Callable[[int], int]:
-    """glibc's; nothing to do where the C library has none."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return lambda pad: 0
-    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
-    return trim
-
-
-_trim = functools.partial(_malloc_trim(), 0)
 
 
 def _has_gpu() -> bool:
