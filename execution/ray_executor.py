@@ -45,6 +45,7 @@ from plan import Cell
 ROOT = Path(__file__).parent.parent
 ADDRESS_SECONDS = 30.0  # that a Ray which is just being started has until it listens
 RAY_SECONDS = 0.25  # between two looks at what cells tell
+PROGRESS_SECONDS = 1.0  # between two messages of how far a cell is, each of which is a call of three processes
 ACTOR_SECONDS = 10.0  # that the actor has for an answer, until cells go on being looked at without
 STANDSTILL_SECONDS = 1.0  # between two messages of a cell that stands still
 HEARD_SECONDS = 5.0  # past its limit, after which a cell that stood still would have been heard
@@ -472,7 +473,14 @@ def _ray_cell(job: bytes, cell: Cell, events: Any, attempt: int) -> Outcome | Ex
     def send(*event: Any) -> Any:
         return events.put.remote((cell.id, attempt, *event))
 
+    progress = 0.0  # when (monotonic) it was last told
+
     def tell(kind: str, *values: Any) -> None:
+        nonlocal progress
+        if kind == "progress":
+            if (now := time.monotonic()) < progress + PROGRESS_SECONDS:
+                return
+            progress = now
         send(kind, *values, quiet.paused_seconds())
 
     def tell_now(*event: Any) -> None:
