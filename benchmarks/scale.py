@@ -245,7 +245,8 @@ def speed(folder: Path, options: argparse.Namespace) -> int:
 
 def two_at_once() -> float:
     """Times as many images as one program that two train in the same time, one thread each, without any executor:
-    what two cores can give at most, as they may share caches, memory, power, or a core with somebody else."""
+    what two cores can give at most, as they may share caches, memory, power, or a core with somebody else. At the end
+    of a slice one of the two may train alone for a moment, which makes it a little too high."""
     command = [sys.executable, __file__, "--train"]
     with contextlib.ExitStack() as stack:
         pair = [
