@@ -8,9 +8,9 @@
     --rounds N            the ways of the first in turn, N times: of a machine whose speed changes
 
 Everything is run from the command line as a user does. Before and after each run of the first, one program trains alone
-and two beside one another in turn: what two cores of the machine give without any executor. Exit status 1 where results
-differ, two workers, or two cells of Ray, are less than 1.7 times as fast as one process, a finished file was touched,
-or memory or open files grow. Reads /proc: Linux only.
+and two beside one another in turn: how fast the machine is then, and what two of its cores give without any executor.
+Exit status 1 where results differ, two workers, or two cells of Ray, are less than 1.7 times as fast as one process, a
+finished file was touched, or memory or open files grow. Reads /proc: Linux only.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -201,7 +202,7 @@ def speed(folder: Path, options: argparse.Namespace) -> int:
     ).end():
         raise SystemExit((folder / "warm.log").read_text()[-2000:])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    limits = [two_at_once()]
+    machine = [two_at_once()]
     is_good = True
     for number in range(options.rounds):
         computed: dict[str, float] = {}
@@ -225,10 +226,11 @@ def speed(folder: Path, options: argparse.Namespace) -> int:
                 f"for {computed[name]:.0f} s, {computed[name] / computed[REFERENCE]:.2f} x; {text}",
                 flush=True,
             )
-            limits.append(two_at_once())
+            machine.append(two_at_once())
+    speeds, limits = zip(*machine, strict=True)
     limit = statistics.median(limits)
-    each = ", ".join(f"{one:.2f}" for one in limits)
-    print(f"the machine: two programs at once train {limit:.2f} x as many images as one ({each})")
+    print(f"the machine: two programs at once train {limit:.2f} x as many images as one ({listed(limits, '.2f')});")
+    print(f"             one trains {listed(speeds, '.0f')} images/s before, between and after these runs")
     for name in seconds:
         if (times := faster(seconds, name, "1 process x 2 threads")) and name.startswith(("2 workers", "Ray")):
             print(f"{name}: {times:.2f} x of 1 process x 2 threads")
@@ -243,10 +245,14 @@ def speed(folder: Path, options: argparse.Namespace) -> int:
     return 0 if is_good else 1
 
 
-def two_at_once() -> float:
-    """Times as many images as one program that two train in the same time, one thread each, without any executor:
-    what two cores can give at most, as they may share caches, memory, power, or a core with somebody else. At the end
-    of a slice one of the two may train alone for a moment, which makes it a little too high."""
+def listed(values: Sequence[float], spec: str) -> str:
+    return ", ".join(format(value, spec) for value in values)
+
+
+def two_at_once() -> tuple[float, float]:
+    """Images/s of one program that trains alone, and times as many that two train, one thread each, without any
+    executor: what two cores can give at most, as they may share caches, memory, power, or a core with somebody else. At
+    the end of a slice one of the two may train alone for a moment, which makes it a little too high."""
     command = [sys.executable, __file__, "--train"]
     with contextlib.ExitStack() as stack:
         pair = [
@@ -259,7 +265,7 @@ def two_at_once() -> float:
         for turn in range(SLICES):  # one, both, the other, both: what the machine's speed does meets both alike
             alone.append(trained([pair[turn % 2]]))
             together.append(trained(pair))
-    return statistics.median(together) / statistics.median(alone)
+    return statistics.median(alone), statistics.median(together) / statistics.median(alone)
 
 
 def trained(programs: list[subprocess.Popen]) -> float:

@@ -90,7 +90,7 @@ class Ray:
         try:
             yield from self._run(job, cells, report)
         except ray.exceptions.RayError as error:
-            why = f"{one_line(error)[:500]}; finished cells are kept: run the same command again to go on"
+            why = f"{_shortened(one_line(error))}; finished cells are kept: run the same command again to go on"
             raise ConfigError(f"run.executor: Ray failed: {why}") from None
 
     def _run(self, job: Job, cells: Sequence[Cell], report: Any) -> Iterator[Ended]:
@@ -103,7 +103,7 @@ class Ray:
             max_retries=0,
             # a process has the GPU that it first used for good, and memory on it; the next cell may be given another
             max_calls=1 if self.gpus else 0,
-            **({} if self.is_mine else {"runtime_env": self.environment}),
+            **self._imports(),
         )(_ray_cell)
         # as bytes, so that what it imports is imported in the task: see _opened
         shared = ray.put(ray.cloudpickle.dumps(job))
@@ -195,7 +195,12 @@ class Ray:
         # on this node: it is lost with this program, and not with a worker's node
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
-        self.events = ray.remote(_Events).options(**options).remote()
+        self.events = ray.remote(_Events).options(**options, **self._imports()).remote()
+
+    def _imports(self) -> dict[str, Any]:
+        """Options of what Ray starts, which finds this project thereby. A connection of ours has given them to all; one
+        that was there may have been made from any folder."""
+        return {} if self.is_mine else {"runtime_env": self.environment}
 
     def _not_there(self, error: Exception) -> str:
         """Why there is no Ray, which itself says so at length, and what to do."""
@@ -280,7 +285,8 @@ class Ray:
                 report.told(cell, kind, *values)
 
     def _told(self) -> list[tuple]:
-        """What cells have told; nothing where the actor is lost, or does not answer yet since it is started again."""
+        """What cells have told; nothing where the actor is lost, or does not answer yet since it is started again. One
+        that can never be started is an error: of no cell would be known that it began, nor that it is late."""
         import ray
 
         if self.asked is None:
@@ -291,7 +297,9 @@ class Ray:
         answer, self.asked = self.asked, None
         try:
             return ray.get(answer)
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayActorError as error:
+            if error.actor_init_failed:
+                raise
             return []
 
     def _outcome(self, ref: Any, of: _RayCell) -> Outcome | None:

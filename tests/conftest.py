@@ -26,3 +26,13 @@ def fairface_root() -> Path:
     if not (root / "fairface_label_train.csv").is_file():
         pytest.fail(f"{FAIRFACE_VARIABLE}={value}, but {root / 'fairface_label_train.csv'} is not there", pytrace=False)
     return root.resolve()
+
+
+@pytest.fixture(autouse=True)
+def same_folder():
+    """A test that leaves this process in another folder changes what those after it do, in whatever order they come."""
+    before = os.getcwd()
+    yield
+    after = os.getcwd()
+    os.chdir(before)
+    assert after == before, f"the test has left this process in {after}: monkeypatch.chdir"

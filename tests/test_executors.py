@@ -161,14 +161,17 @@ def test_two_workers_write_the_files_of_one_process(tiny, serial, capsys):
 
 
 @pytest.fixture(scope="module")
-def local_ray():
-    """One cluster for all tests: starting it takes seconds."""
+def local_ray(tmp_path_factory):
+    """One cluster for all tests: starting it takes seconds. This program connects from a folder in which workers would
+    not find the project, like a notebook's."""
     ray = pytest.importorskip("ray")
+    quietly = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find this module
-        quietly = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        patch.setenv("RAY_worker_niceness", "0")  # 15 otherwise: behind the tests that another process runs
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        ray.init(address="local", num_cpus=2, num_gpus=1, **quietly)  # a GPU on paper
+        with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+            ray.init(address="local", num_cpus=2, num_gpus=1, **quietly)  # a GPU on paper
         yield
         ray.shutdown()
 
@@ -863,6 +866,19 @@ def test_a_worker_of_ray_that_cannot_import_its_task_is_one_line(tmp_path, local
     assert "\n" not in str(told.value) and report.executor is None
 
 
+def test_a_project_that_is_not_on_the_node_is_one_line(tmp_path, local_ray):
+    """The process through which cells tell cannot be started either: no cell would be heard."""
+    config, report, store = load_config(None, ["run.executor=ray"]), Report(quiet=True), Store(tmp_path)
+    store.prepare("")
+    report.executor = open_executor(config, "cpu")
+    report.executor.environment["env_vars"]["PYTHONPATH"] = str(tmp_path)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"Ray failed: .*No module named 'execution'.* again to go on$") as told:
+        run_cells("quantization", [made_up("a")], waiting, config, store, report)
+    assert "\n" not in str(told.value) and time.monotonic() - start < 60  # not after many tries
+    report.close()
+
+
 def test_what_else_ray_may_raise_is_one_line(tmp_path, local_ray, monkeypatch):
     import ray
 
@@ -1168,9 +1184,12 @@ def test_the_same_command_goes_on_with_what_ended_on_ray(tiny, undisturbed, tmp_
                 start_new_session=True, preexec_fn=hears_interrupts,
             )  # fmt: skip
 
+    def second_trains() -> bool:  # and the record of the first one is written, perhaps a moment later
+        return "-s1-fp32" in out.read_text() and any((results / "cells").glob("*.json"))
+
     try:
         process = start()
-        until(lambda: "-s1-fp32" in out.read_text() or process.poll() is not None)
+        until(lambda: second_trains() or process.poll() is not None)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         assert process.wait(60) == (130 if number == signal.SIGINT else -signal.SIGKILL), out.read_text()
         until(lambda: {*processes_marked(mark)} <= agents_of_ray(number), 30)
@@ -1598,6 +1617,7 @@ def test_on_a_gpu_the_log_has_its_memory_too(tmp_path, monkeypatch, is_on_gpu):
 @pytest.mark.parametrize("there", ["another run", "a clone", "nothing"])
 def test_a_worker_takes_no_other_folder_for_the_results_folder(there, tmp_path, monkeypatch):
     """Such as the one below a disk that is not mounted on its machine: what it trained would be lost."""
+    monkeypatch.chdir(ROOT)  # and back, though the cell goes to its run's folder
     monkeypatch.setattr(cells, "PATIENCE", 0.05)
     monkeypatch.setattr(cells, "_prepared", None)
     cell = Cell("c", "baseline", "synthetic", "squeezenet1_1", 0, "fp32")

@@ -51,6 +51,7 @@ def cluster():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find this module
+        patch.setenv("RAY_worker_niceness", "0")  # 15 otherwise: behind the tests that another process runs
         patch.setenv("RAY_health_check_initial_delay_ms", "100")
         patch.setenv("RAY_health_check_period_ms", "100")
         for name in ("ray._private.utils.write_ray_address", "ray._common.utils.reset_ray_address"):
