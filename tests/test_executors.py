@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -855,7 +856,7 @@ def test_a_worker_of_ray_that_cannot_import_its_task_is_one_line(tmp_path, local
     store = Store(tmp_path)
     store.prepare("")
     report.executor = open_executor(config, "cpu")
-    report.executor.environment["env_vars"]["PYTHONPATH"] = "/nowhere"
+    report.executor.environment["env_vars"]["PYTHONPATH"] = str(ROOT)
     try:
         with pytest.raises(
             ConfigError, match=r"no cell can be begun: .*named 'test_executors'.* again to go on$"
@@ -1177,10 +1178,13 @@ def test_the_same_command_goes_on_with_what_ended_on_ray(tiny, undisturbed, tmp_
     command = [sys.executable, "main.py", "--phase", "baseline", "--config", str(tiny), "--results-dir", str(results),
                "--device", "cpu", "--set", "run.executor=ray", "run.jobs=1", LONGER]  # fmt: skip
 
+    # no cell of another test keeps it from measuring a latency; Ray's sockets need a short name
+    alone = {"TMPDIR": str(tmp_path), "RAY_TMPDIR": tempfile.gettempdir()}
+
     def start() -> subprocess.Popen:
         with out.open("wb") as told:
             return subprocess.Popen(
-                command, cwd=ROOT, stdout=told, stderr=subprocess.STDOUT, env={**os.environ, mark: "1"},
+                command, cwd=ROOT, stdout=told, stderr=subprocess.STDOUT, env={**os.environ, **alone, mark: "1"},
                 start_new_session=True, preexec_fn=hears_interrupts,
             )  # fmt: skip
 
