@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom
 
 from group_counts import wilson_interval
 
@@ -89,6 +88,8 @@ def calibration_errors(table: pd.DataFrame) -> pd.DataFrame:
     Columns: (cell,) group, n, expected_calibration_error = sum over bins of n_b / n |accuracy_b - confidence_b|, and
     by_chance: what that sum is expected to be if every image of a bin is right with the bin's mean confidence.
     """
+    from scipy.stats import binom
+
     keys = [name for name in ("cell", "group") if name in table]
     filled = table[table["n"] > 0]
     n, p = filled["n"].to_numpy(), filled["confidence"].to_numpy(dtype=float)

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom
 
 from analysis.result_rows import with_labels
 from significance.intervals import holm
@@ -56,6 +55,8 @@ def sign_flip_midp(difference_N: np.ndarray) -> float:
     Under the hypothesis that the two settings are alike on every image the sum is a sum of m (2 B_m - n_m) over the
     sizes m of the differences, B_m binomial of their number n_m and 1/2: their distributions are convolved.
     """
+    from scipy.stats import binom
+
     sizes, numbers = np.unique(np.abs(difference_N[difference_N != 0]).astype(np.int64), return_counts=True)
     mass, lowest = np.ones(1), 0
     for size, n in zip(sizes.tolist(), numbers.tolist(), strict=True):

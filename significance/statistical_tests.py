@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from scipy.special import bdtr, betaincinv, gammaln, ndtri
-from scipy.stats import binom, false_discovery_control
 
 from group_counts import METRICS
 from significance.batched_metrics import table_metrics
@@ -45,6 +44,8 @@ def mcnemar_midp(gained, lost):
     Elementwise; a float for two numbers.
     """
     gained, lost = np.broadcast_arrays(np.asarray(gained, dtype=np.int64), np.asarray(lost, dtype=np.int64))
+    from scipy.stats import binom
+
     n, fewer = gained + lost, np.minimum(gained, lost)
     p = np.minimum(1.0, 2 * bdtr(fewer.astype(float), n, 0.5) - binom.pmf(fewer, n, 0.5))
     return float(p) if p.ndim == 0 else p
@@ -306,6 +307,8 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     """Adjusted p-values: reject where they are <= q and the expected share of false rejections is <= q (1995)."""
+    from scipy.stats import false_discovery_control
+
     p = np.asarray(p, dtype=float)
     return false_discovery_control(p, method="bh") if p.size else p.copy()
 
@@ -358,6 +361,8 @@ def detectable_difference(n, discordant, level: float = 0.95, power: float = 0.8
 def detectable_change_of_rate(n, rate, level: float = 0.95, power: float = 0.8) -> np.ndarray:
     """The smallest drop from a known `rate` that n independent images show with `power`, elementwise: an exact
     two-sided binomial test's lower tail. NaN where even 0 successes would not be significant."""
+    from scipy.stats import binom
+
     n, rate = np.broadcast_arrays(np.asarray(n, float), np.asarray(rate, float))
     tail = (1 - level) / 2
     with np.errstate(invalid="ignore"):

@@ -1545,6 +1545,12 @@ def test_a_worker_needs_no_torch_before_its_cells_do():
     assert done.stdout == "False\n"
 
 
+def test_what_cells_import_is_without_what_takes_half_a_second_and_they_do_not_need():
+    code = "import sys; from phases import baseline, mitigation, quantization; print('scipy.stats' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_what_is_out_of_memory_and_what_has_poisoned_the_process():
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as caught:
