@@ -85,7 +85,9 @@ def main() -> int:
         if options.keep is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="scale-"))
         else:
-            options.keep.mkdir(parents=True)
+            options.keep.mkdir(parents=True, exist_ok=True)
+            if any(options.keep.iterdir()):
+                parser.error(f"--keep {options.keep}: has files of something else in it; name an empty or a new folder")
             folder = options.keep.absolute()
         if options.kill:
             return kill(Path(folder), options)
