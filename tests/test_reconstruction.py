@@ -99,11 +99,12 @@ def test_blocks_hold_every_layer_once(name):
 def test_it_works_on_a_network_of_attention_blocks():
     x = images(8, 32)
     vit = build_model("vit_small_patch16_224", 3, 32, seed=3).eval()
+    vit.blocks = vit.blocks[:3]  # of twelve that are alike
     quantized = attached(vit, x)
     before = off(vit, quantized, x)
     report = reconstruct(quantized, x, iterations=8, batch_size=8)
     assert off(vit, quantized, x) < before
-    assert len(report.pieces) >= 24  # attention and MLP of twelve blocks
+    assert len(report.pieces) >= 6  # attention and MLP of each
 
 
 def test_the_same_seed_gives_the_same_model(model):

@@ -63,7 +63,7 @@ TINY = {
         ],
         "ptq_static": {"calibration_samples": 64},
     },
-    "analysis": {"bootstrap_replicates": 200},
+    "analysis": {"bootstrap_replicates": 200, "vector_format": "svg"},  # PDFs take half as long again
     "deployment": {"cells": [], "export": [], "latency_repeats": 1},  # test_deploy.py is about those
     "run": {"threads_per_cell": 1},
 }
