@@ -47,6 +47,7 @@ WAYS = {  # of the default run
 }
 REFERENCE = "1 process x 1 thread"
 TARGET = 1.7  # times as fast
+LEFT = 5  # parts of a run that is killed which are computed after the last kill: cells go on ending until it comes
 SLICES, SLICE_SECONDS = 8, 1.5  # of training alone, and beside another program
 TINY = {
     "data": {
@@ -322,7 +323,7 @@ def faster(seconds: dict[str, list[float]], name: str, reference: str) -> float:
 
 
 def kill(folder: Path, options: argparse.Namespace) -> int:
-    """Each run is killed 30 times, once as many cells are there as a 31st part each; then it is left to finish."""
+    """Each run is killed 30 times, once as many cells are there as a 35th part each; then it is left to finish."""
     wanted = options.cells or 120
     seeds = list(range(-(-wanted // 6)))
     config = write_config(
@@ -356,7 +357,7 @@ def killed(folder: Path, config: Path, executor: str, total: int, options: argpa
     while (number := victims["worker"] + victims["program"]) < options.kills:
         if len(list((results / "cells").glob("*.json"))) >= total:  # nothing is left to interrupt: too few kills
             break
-        until_cells = number * total // (options.kills + 1)
+        until_cells = number * total // (options.kills + LEFT)
         while len(list((results / "cells").glob("*.json"))) <= until_cells and run.process.poll() is None:
             time.sleep(0.02)
         time.sleep(rng.uniform(0.0, 1.5))
@@ -393,7 +394,8 @@ def killed(folder: Path, config: Path, executor: str, total: int, options: argpa
         f"{left} temporary files left; exit status {status}",
         flush=True,
     )
-    is_enough = victims["worker"] + victims["program"] >= options.kills
+    if not (is_enough := victims["worker"] + victims["program"] >= options.kills):
+        print(f"{executor}: TOO FEW KILLS: its cells ended before the {options.kills}th; --cells {2 * total} has more")
     return is_same and not touched and not left and status == 0 and is_enough
 
 
