@@ -197,7 +197,9 @@ def log_entry(
 
 
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    """Its kind and message, without the colours that some libraries give theirs."""
+    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", str(error))
+    return f"{type(error).__name__}: {' '.join(text.split())}".removesuffix(": ")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
