@@ -43,9 +43,9 @@ def mcnemar_midp(gained, lost):
 
     Elementwise; a float for two numbers.
     """
-    gained, lost = np.broadcast_arrays(np.asarray(gained, dtype=np.int64), np.asarray(lost, dtype=np.int64))
-    from scipy.stats import binom
+    from scipy.stats import binom  # here: it takes half a second, which a cell that is computed need not wait
 
+    gained, lost = np.broadcast_arrays(np.asarray(gained, dtype=np.int64), np.asarray(lost, dtype=np.int64))
     n, fewer = gained + lost, np.minimum(gained, lost)
     p = np.minimum(1.0, 2 * bdtr(fewer.astype(float), n, 0.5) - binom.pmf(fewer, n, 0.5))
     return float(p) if p.ndim == 0 else p
